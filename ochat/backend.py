@@ -1,0 +1,96 @@
+"""What hardware there is and what to use of it: the only file that asks. Every choice carries its reason."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ochat.config import EngineConfig
+from ochat.errors import BackendError
+
+Attention = Literal["document_sdpa", "varlen", "flash_attention_2"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """The device and numerics of this process.
+
+    num_threads  of torch in this process; null leaves it as it is
+    attention    document_sdpa: torch SDPA per document; varlen: torch's varlen kernel; flash_attention_2: flash-attn's
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: Attention
+    distributed: Literal["nccl", "gloo"]
+    fused_optimizer: bool
+    num_threads: int | None
+    rank: int
+    local_rank: int
+    world_size: int
+    reason: str
+
+
+def select_backend(engine: EngineConfig) -> Backend:
+    """Choose device, precision and attention for this process, by what is installed and what the launcher set."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if engine.type == "torch" and world_size > 1:
+        raise BackendError(
+            f"engine.type: torch runs in one process, the launcher started {world_size}. Use engine.type=deepspeed."
+        )
+    cuda = torch.cuda.is_available()
+    attention, attention_reason = _select_attention(cuda)
+    dtype, dtype_reason = _select_dtype(engine, cuda)
+    return Backend(
+        device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+        dtype=dtype,
+        attention=attention,
+        distributed="nccl" if cuda else "gloo",
+        fused_optimizer=cuda,
+        num_threads=None if cuda or "OMP_NUM_THREADS" in os.environ else _threads_per_process(world_size),
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        reason=f"{'CUDA found' if cuda else 'no CUDA'}; {dtype_reason}; {attention_reason}",
+    )
+
+
+def _threads_per_process(world_size: int) -> int:
+    """This process's share of the cores. Two processes with a thread per core each run several times slower than one:
+    every parallel region waits for a thread that has no core."""
+    on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
+    return max(1, len(os.sched_getaffinity(0)) // on_this_node)
+
+
+def _select_dtype(engine: EngineConfig, cuda: bool) -> tuple[torch.dtype, str]:
+    if engine.type == "torch":
+        if engine.dtype == "bf16":
+            raise BackendError(
+                "engine.dtype: the torch engine is the fp32 reference. Use engine.type=deepspeed for bf16."
+            )
+        return torch.float32, "fp32: the torch engine is the exact reference"
+    if engine.dtype == "fp32":
+        return torch.float32, "fp32: engine.dtype asks for it"
+    if engine.dtype == "auto" and not cuda:
+        return torch.float32, "fp32: small models on a CPU, nothing to save"
+    if engine.zero_stage == 0:
+        raise BackendError(
+            "engine.zero_stage: 0 with bf16 is refused, because DeepSpeed then leaves Adam's step count one ahead. "
+            "Use engine.zero_stage=1, or engine.dtype=fp32."
+        )
+    return torch.bfloat16, "bf16: " + (
+        "engine.dtype asks for it" if engine.dtype == "bf16" else "the GPU's fast format"
+    )
+
+
+def _select_attention(cuda: bool) -> tuple[Attention, str]:
+    if not cuda:
+        return "document_sdpa", "attention per document: no GPU kernel on a CPU"
+    if importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2", "flash-attn is installed"
+    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        return "varlen", "flash-attn is not installed; torch has a varlen kernel"
+    return "document_sdpa", "neither flash-attn nor torch.nn.attention.varlen: `pip install ochat[gpu]` is much faster"

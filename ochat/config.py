@@ -1,0 +1,313 @@
+"""The experiment configuration: every section and field, and the way from a YAML file to a frozen `Config`.
+
+YAML text -> tree of plain values -> `key.path=value` overrides applied -> pydantic, strict, unknown keys refused.
+Nobody edits a Config afterwards. No torch in here.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ochat.config_errors import explain
+from ochat.config_yaml import dump_yaml, parse_yaml
+from ochat.errors import ConfigError
+
+CONFIG_NAME = "config.json"
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+def slug(name: str) -> str:
+    """A source or condition name as it stands in metric names: 'GPT4 Correct' -> 'gpt4_correct'."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def _file_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError("becomes a folder's name: use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _named(name: str) -> str:
+    if not slug(name):
+        raise ValueError("needs at least one letter or digit, because metrics are named after it")
+    return name
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class RunConfig(Section):
+    name: Annotated[str, AfterValidator(_file_name)]
+    """The run's folder is `output_dir/name`."""
+    output_dir: str = "runs"
+    """Where run folders go."""
+    seed: int = 0
+    """Seeds the packing order, random initialisation and everything else that is drawn."""
+
+
+class ModelConfig(Section):
+    name_or_path: str
+    """Hugging Face name or folder of the base model (Mistral or Llama family)."""
+    template: str
+    """Name of the conversation template, for example `openchat-3.5` or `openchat-3.6`."""
+    max_length: Annotated[int, Field(ge=2)]
+    """Longest conversation in tokens; what is beyond is cut and counted."""
+    tokenizer_name_or_path: str | None = None
+    """Where the tokenizer is, if not with the model."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` takes only the architecture from `name_or_path` (a folder with `config.json` is enough)."""
+    config_overrides: dict[str, Any] = {}
+    """Fields of the base model's own configuration to change, for example `sliding_window`."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class SourceConfig(Section):
+    name: Annotated[str, AfterValidator(_named)]
+    """How reports and metrics call this source."""
+    path: str
+    """The chat file: .jsonl or .json, optionally .gz."""
+    condition: str = ""
+    """The class written into the prompt, for example `GPT4`. A row's own condition wins; empty is unconditioned."""
+    format: Literal["auto", "sharegpt", "openai", "openchat"] = "auto"
+    """Row format; `auto` looks at each row's keys."""
+    weight: NonNegative | None = None
+    """Loss weight of every supervised token of this source (1.0 when neither weight nor reward is given)."""
+    reward: float | None = None
+    """Coarse reward; the weight becomes exp((reward - highest reward) / loss.beta)."""
+    reward_field: str | None = None
+    """Key of each row that holds its reward."""
+
+
+class DataConfig(Section):
+    prepared_dir: str
+    """Folder for the prepared dataset."""
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    """The classes of data, each with its condition and its weight."""
+    num_proc: Count | None = None
+    """Processes that tokenise; null takes one per core."""
+
+
+class LossConfig(Section):
+    weighting: Literal["token", "message"] = "token"
+    """`token`: every supervised token counts its weight. `message`: every reply counts its weight once."""
+    normalization: Literal["epoch", "step"] = "epoch"
+    """What the weighted sum is divided by: the epoch's mean weight per step (unbiased), or the step's own weight."""
+    beta: Positive | None = None
+    """Temperature of the rewards; needed if, and only if, sources have rewards."""
+
+
+class BatchConfig(Section):
+    micro_batch_tokens: Count
+    """Tokens of one packed row: what one device computes at a time."""
+    global_batch_tokens: Count
+    """Tokens of one optimizer step over all devices; a multiple of micro_batch_tokens."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: Positive | Literal["auto"] = "auto"
+    """Peak learning rate; `auto` derives it from the model family and the supervised tokens per step."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: Positive = 1e-5
+    """AdamW's epsilon."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+class SchedulerConfig(Section):
+    type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_ratio: Fraction = 0.05
+    """Share of all steps spent on linear warm-up."""
+    min_lr_ratio: Fraction = 0.1
+    """The learning rate ends at this share of its peak (cosine and linear)."""
+
+
+class TrainingConfig(Section):
+    num_epochs: Count = 5
+    """Passes over the data."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps; the schedule is fitted to it."""
+    log_every_steps: Count = 1
+    """Steps between lines on the console and in W&B; metrics.jsonl always holds every step."""
+
+
+class CheckpointConfig(Section):
+    save_every_epochs: Count | None = 1
+    """Epochs between checkpoints; null: only `save_every_steps` counts."""
+    save_every_steps: Count | None = None
+    """Steps between checkpoints, besides those at epochs."""
+    keep_last: Count = 2
+    """How many checkpoints stay on disk."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` continues the run folder's newest checkpoint; `never` refuses a run folder that already has one."""
+
+
+class EngineConfig(Section):
+    type: Literal["deepspeed", "torch"] = "deepspeed"
+    """`torch` is the single-process float32 reference."""
+    zero_stage: Literal[0, 1, 2] = 2
+    """What ZeRO shards over the ranks: nothing, optimizer state (1), gradients too (2)."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Parameters' precision in the forward pass; `auto` lets the backend choose and say why."""
+
+
+class WandbConfig(Section):
+    project: str = "ochat"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user; null is the account's default."""
+    mode: Literal["online", "offline"] = "online"
+    """`offline` writes into the run folder, for `wandb sync` later."""
+
+
+class TrackingConfig(Section):
+    wandb: WandbConfig | None = None
+    """Weights & Biases; null: metrics.jsonl and the console only."""
+
+
+class Config(Section):
+    """One experiment."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    engine: EngineConfig = EngineConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.output_dir) / self.run.name
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch.global_batch_tokens // self.batch.micro_batch_tokens
+
+    @property
+    def tokenizer_name_or_path(self) -> str:
+        return self.model.tokenizer_name_or_path or self.model.name_or_path
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        """Checks that need more than one section. Messages start with the dotted path they are about."""
+        micro, total = self.batch.micro_batch_tokens, self.batch.global_batch_tokens
+        if total % micro:
+            raise ValueError(
+                f"batch.global_batch_tokens: is {total}, not a multiple of batch.micro_batch_tokens ({micro}). "
+                f"Use {max(1, total // micro) * micro} or {(total // micro + 1) * micro}."
+            )
+        if self.model.max_length > micro:
+            raise ValueError(
+                f"batch.micro_batch_tokens: is {micro}, too short a row for a conversation of model.max_length = "
+                f"{self.model.max_length} tokens. Raise the one or lower the other."
+            )
+        _check_names(self.data.sources)
+        _check_rewards(self.data.sources, self.loss.beta)
+        return self
+
+
+def _check_names(sources: Sequence[SourceConfig]) -> None:
+    seen: dict[str, str] = {}
+    for i, source in enumerate(sources):
+        if (other := seen.get(slug(source.name))) is not None:
+            raise ValueError(
+                f"data.sources.{i}.name: is {source.name!r}, which metric names cannot tell from {other!r}. Rename one."
+            )
+        seen[slug(source.name)] = source.name
+
+
+def _check_rewards(sources: Sequence[SourceConfig], beta: float | None) -> None:
+    rewarded = [s.reward is not None or s.reward_field is not None for s in sources]
+    for i, source in enumerate(sources):
+        given = [k for k in ("weight", "reward", "reward_field") if getattr(source, k) is not None]
+        if len(given) > 1:
+            raise ValueError(f"data.sources.{i}: has {' and '.join(given)}. Keep one of them.")
+        if any(rewarded) and not rewarded[i]:
+            raise ValueError(
+                f"data.sources.{i}: has no reward, and other sources have one. "
+                f"Either every source has a weight, or every source has reward or reward_field."
+            )
+    if any(rewarded) and beta is None:
+        raise ValueError(
+            "loss.beta: is missing. Weights are exp((reward - highest reward) / beta); set, say, loss.beta=1."
+        )
+    if beta is not None and not any(rewarded):
+        raise ValueError(
+            f"loss.beta: is {beta} and has no effect: no source has a reward. Remove one or give the other."
+        )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML experiment, apply `key.path=value` overrides, and validate.
+
+    Raises ConfigError: one paragraph that names the file or override, the dotted path, the value and the nearest name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        known = f" In {path.parent}/ there is: {', '.join(near)}." if near else ""
+        raise ConfigError(f"{path}: no such configuration file.{known}")
+    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as `run:` and `model:`, found {type(tree).__name__}.")
+    origins = {_override(tree, override): f"override {override!r}" for override in overrides}
+    try:
+        return Config.model_validate_json(json.dumps(tree))
+    except ValidationError as exc:
+        raise ConfigError(explain(exc, Config, str(path), origins)) from exc
+
+
+def _override(tree: dict[str, Any], override: str) -> str:
+    """Set one `key.path=value` in the tree and return its dotted path."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: expected key.path=value, for example training.num_epochs=3.")
+    node: Any = tree
+    for depth, key in enumerate(keys):
+        here = ".".join(keys[:depth]) or "the configuration"
+        if isinstance(node, list):
+            if not (key.isdigit() and int(key) < len(node)):
+                raise ConfigError(
+                    f"override {override!r}: {here} is a list of {len(node)}; {key!r} is not an index of it."
+                )
+        elif not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {here} is the value {node!r} and has no keys inside.")
+        slot: Any = int(key) if isinstance(node, list) else key
+        if depth == len(keys) - 1:
+            node[slot] = parse_yaml(text, f"override {override!r}")
+        elif isinstance(node, list) or node.get(slot) is not None:
+            node = node[slot]
+        else:
+            node[slot] = node = {}
+    return ".".join(keys)
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML, defaults filled in."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def save_config(config: Config, run_dir: Path) -> None:
+    text = json.dumps(config.model_dump(mode="json"), indent=2)
+    (run_dir / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,164 @@
+"""The larder: the prepared dataset on disk, and its zero-copy reader.
+
+    PREPARED/train/         Arrow files; `datasets.load_from_disk(PREPARED/train)` opens them
+    PREPARED/manifest.json  written last: what made the dataset, and what is in it
+
+A folder with a manifest is complete: it is written under another name and moved into place in one step.
+N items (conversations), n tokens of one item.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ochat.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TRAIN_SPLIT = "train"
+
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "token_weights": pa.list_(pa.float32()),  # mask x message weight; the source's weight is not in here
+        "source_id": pa.int32(),  # position in the configuration's list of sources
+        "line": pa.int64(),  # 1-based line, or item of a JSON array
+        "weight_sum": pa.float64(),  # sum of token_weights
+        "num_supervised": pa.int32(),  # tokens with a weight
+        "num_replies": pa.int32(),  # runs of such tokens
+        "reply_weight_sum": pa.float64(),  # sum over replies of the message weight
+        "reward": pa.float32(),  # from the source's reward_field; null when it has none
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFile:
+    """The chat file a source was read from, as it was then."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What made a prepared dataset.
+
+    recipe       everything of the configuration that decides ids and weights on disk
+    files        per source name, the file that was read
+    counts       per source name, the numbers of the report
+    fingerprint  SHA-256 over format version, recipe and the files' contents
+    """
+
+    format_version: int
+    fingerprint: str
+    recipe: Mapping[str, Any]
+    files: Mapping[str, SourceFile]
+    counts: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, prepared_dir: Path) -> Self:
+        path = prepared_dir / MANIFEST_NAME
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as exc:
+            raise DataError(f"{prepared_dir}: no prepared dataset there ({MANIFEST_NAME} is missing).") from exc
+        except ValueError as exc:
+            raise DataError(f"{path}: not readable as JSON ({exc}).") from exc
+        if tree.get("format_version") != FORMAT_VERSION:
+            raise DataError(
+                f"{path}: prepared in format {tree.get('format_version')}, this ochat reads format {FORMAT_VERSION}."
+            )
+        files = {name: SourceFile(**file) for name, file in tree.pop("files").items()}
+        return cls(files=files, **tree)
+
+    def write(self, folder: Path) -> None:
+        (folder / MANIFEST_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replace_prepared(prepared_dir: Path) -> Iterator[Path]:
+    """Give a new folder to fill; on success it takes the place of `prepared_dir`, on failure nothing has changed."""
+    if prepared_dir.exists() and not (prepared_dir / MANIFEST_NAME).is_file() and any(prepared_dir.iterdir()):
+        raise DataError(
+            f"{prepared_dir}: exists and is not a prepared dataset; it will not be overwritten. "
+            f"Choose another data.prepared_dir, or remove the folder."
+        )
+    new = prepared_dir.with_name(f".{prepared_dir.name}.new")
+    old = prepared_dir.with_name(f".{prepared_dir.name}.old")
+    for left_over in (new, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if prepared_dir.exists():
+        prepared_dir.rename(old)
+    new.rename(prepared_dir)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_split(batches: Iterator[pa.RecordBatch], folder: Path) -> None:
+    """Write record batches of SCHEMA, in order, as a folder that `datasets.load_from_disk` opens."""
+    import datasets  # takes most of a second; only preparing needs it
+
+    stream = folder.with_name(f"{folder.name}.stream")
+    with pa.OSFile(str(stream), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_file(str(stream)).save_to_disk(str(folder))
+    stream.unlink()
+
+
+class PreparedSplit:
+    """A split opened by memory map: per-item columns as arrays, tokens as views into the file."""
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted(folder.glob("data-*.arrow"))
+        if not files:
+            raise DataError(f"{folder}: no Arrow files there. Run `ochat prepare`.")
+        batches = [batch for file in files for batch in pa.ipc.open_stream(pa.memory_map(str(file)))]
+        self._starts = np.cumsum([0] + [batch.num_rows for batch in batches])
+        self._input_ids = [_list_views(batch.column("input_ids")) for batch in batches]
+        self._token_weights = [_list_views(batch.column("token_weights")) for batch in batches]
+        offsets = (offsets for offsets, _ in self._input_ids)
+        self.lengths: NDArray[np.int32] = np.concatenate([np.diff(o) for o in offsets] or [np.zeros(0, np.int32)])
+        self._table = pa.Table.from_batches(batches, SCHEMA if not batches else None)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A per-item column [N]; missing rewards are NaN."""
+        column = self._table.column(name)
+        if pa.types.is_list(column.type):
+            raise AssertionError(f"{name} holds tokens; use tokens(index)")
+        return np.asarray(column.to_numpy())
+
+    def tokens(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """input_ids [n] and token_weights [n] of one item; read-only views, nothing is copied."""
+        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = index - int(self._starts[batch])
+        offsets, ids = self._input_ids[batch]
+        weight_offsets, weights = self._token_weights[batch]
+        return (
+            ids[offsets[row] : offsets[row + 1]],
+            weights[weight_offsets[row] : weight_offsets[row + 1]],
+        )
+
+
+def _list_views(column: pa.ListArray) -> tuple[NDArray[np.int32], NDArray[Any]]:
+    return column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True)

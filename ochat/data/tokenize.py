@@ -1,0 +1,141 @@
+"""Conversations become token ids with a loss weight each.
+
+Every segment is encoded by itself and the ids are joined, because BPE(A) + BPE(B) is not BPE(A + B). Markup may become
+control tokens; contents are encoded with special tokens switched off, so a typed "<|end_of_turn|>" stays plain pieces.
+
+N  tokens of a conversation
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from ochat.data.conversation import Conversation
+from ochat.data.template import Segment, Template, prefix, render, render_prompt
+from ochat.errors import TemplateError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedConversation:
+    """input_ids int32 [N]; token_weights float32 [N]: mask x message weight, 0 = context."""
+
+    input_ids: NDArray[np.int32]
+    token_weights: NDArray[np.float32]
+
+
+def load_tokenizer(name_or_path: str, template: Template) -> PreTrainedTokenizerFast:
+    """Load a tokenizer and add the control tokens of the template that it lacks (their ids follow its last one)."""
+    # Not AutoTokenizer: in transformers 5 it rebuilds Llama-type tokenizers and gets leading spaces wrong (FACTS: 92 of
+    # 511 strings). PreTrainedTokenizerFast takes tokenizer.json as it is.
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path)
+    except (OSError, ValueError) as exc:
+        reason = str(exc).splitlines()[0]
+        raise TemplateError(
+            f"{name_or_path}: no tokenizer to be read there ({reason}). It needs tokenizer.json."
+        ) from exc
+    if tokenizer.bos_token_id is None:
+        raise TemplateError(
+            f"{name_or_path}: the tokenizer has no bos_token, which template {template.name!r} begins with."
+        )
+    missing = [token for token in template.control_tokens if not _is_special(tokenizer, token)]
+    if missing:
+        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in missing], special_tokens=True)
+    return tokenizer
+
+
+def _is_special(tokenizer: PreTrainedTokenizerFast, token: str) -> bool:
+    return any(added.special and added.content == token for added in tokenizer.added_tokens_decoder.values())
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 over everything that decides ids, control tokens included."""
+    state = tokenizer.backend_tokenizer.to_str() + f"\n{tokenizer.bos_token_id}"
+    return hashlib.sha256(state.encode()).hexdigest()
+
+
+def adds_dummy_prefix(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether every encoded text gets a space in front, as SentencePiece does it."""
+    first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0]
+    return bool(first.startswith("\u2581"))
+
+
+class ChatTokenizer:
+    """A tokenizer bound to a template. Holds two encoders: one that knows control tokens, one that cannot make them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: Template) -> None:
+        self.template = template
+        self.bos_id: int = tokenizer.bos_token_id
+        self._markup = _encoder(tokenizer)
+        self._content = _encoder(tokenizer)
+        self._content.encode_special_tokens = True
+        self._control_ids = frozenset(tokenizer.added_tokens_decoder)
+        self._markup_ids: dict[str, list[int]] = {}
+        self._safe_conditions: set[str] = set()
+        self.end_of_turn_ids = tuple(self._encode_markup(template.end_of_turn))
+        for token in template.control_tokens:
+            if len(self._encode_markup(token)) != 1:
+                raise TemplateError(f"control token {token!r} of template {template.name!r} is not one token here.")
+
+    def tokenize(self, conversations: Sequence[Conversation]) -> list[TokenizedConversation]:
+        """Encode whole conversations for training. TemplateError if a condition spells a control token."""
+        rendered = []
+        for conversation in conversations:
+            self._check_condition(conversation.condition)
+            rendered.append(tuple(render(self.template, conversation)))
+        return self._join(rendered)
+
+    def prompt_ids(self, conversation: Conversation) -> list[int]:
+        """Encode a prompt to be continued: default condition filled in, last end-of-turn left open."""
+        self._check_condition(conversation.condition)
+        segments = tuple(render_prompt(self.template, conversation))
+        return self._join([segments])[0].input_ids.tolist()
+
+    def _join(self, rendered: Sequence[Sequence[Segment]]) -> list[TokenizedConversation]:
+        contents = [s.text for segments in rendered for s in segments if s.kind == "content"]
+        encoded = iter(self._content.encode_batch_fast(contents, add_special_tokens=False))
+        result = []
+        for segments in rendered:
+            ids, lengths = [self.bos_id], [1]
+            for segment in segments:
+                piece = next(encoded).ids if segment.kind == "content" else self._encode_markup(segment.text)
+                ids += piece
+                lengths.append(len(piece))
+            weights = np.array([0.0, *(s.weight for s in segments)], dtype=np.float32)
+            result.append(
+                TokenizedConversation(
+                    input_ids=np.array(ids, dtype=np.int32), token_weights=np.repeat(weights, lengths)
+                )
+            )
+        return result
+
+    def _encode_markup(self, text: str) -> list[int]:
+        if text not in self._markup_ids:
+            self._markup_ids[text] = self._markup.encode(text, add_special_tokens=False).ids
+        return self._markup_ids[text]
+
+    def _check_condition(self, condition: str) -> None:
+        """Refuse a condition that adds a control id to any prefix: a class is a word, never a turn."""
+        if condition in self._safe_conditions:
+            return
+        for role in self.template.prefixes:
+            plain = self._encode_markup(prefix(self.template, role, ""))
+            marked = self._encode_markup(prefix(self.template, role, condition))
+            if [i for i in plain if i in self._control_ids] != [i for i in marked if i in self._control_ids]:
+                raise TemplateError(
+                    f"condition {condition!r} spells a control token of the tokenizer. Name the class with plain words."
+                )
+        self._safe_conditions.add(condition)
+
+
+def _encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    # A tokenizer.json may carry these from whoever saved it; both would change ids without a word.
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder

@@ -1,0 +1,29 @@
+"""From the configured weights or rewards to one factor per item, applied when rows are made, never on disk.
+
+So sweeping weights, rewards or beta never tokenises anything again.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ochat.config import Config
+from ochat.data.store import PreparedSplit
+from ochat.errors import DataError
+
+
+def item_weights(config: Config, split: PreparedSplit) -> NDArray[np.float64]:
+    """The factor [N] by which each item's token weights are multiplied.
+
+    weight                 that number
+    reward, reward_field   exp((r - highest r) / beta): the best item or source has 1
+    """
+    sources, source_id = config.data.sources, split.column("source_id")
+    if config.loss.beta is None:
+        per_source = np.array([1.0 if s.weight is None else s.weight for s in sources])
+        return np.asarray(per_source[source_id], dtype=np.float64)
+    per_source = np.array([np.nan if s.reward is None else s.reward for s in sources], dtype=np.float64)
+    rewards = np.where(np.isnan(per_source[source_id]), split.column("reward"), per_source[source_id])
+    if np.isnan(rewards).any():
+        names = sorted({sources[i].name for i in source_id[np.isnan(rewards)]})
+        raise DataError(f"source {', '.join(names)}: items without a reward. Run `ochat prepare` again.")
+    return np.asarray(np.exp((rewards - rewards.max()) / config.loss.beta), dtype=np.float64)

@@ -1,0 +1,35 @@
+"""The errors a user may see. Each message says where, what was found, what was expected, and the fix.
+
+    OchatError          exit code 2, one paragraph, no traceback
+      ConfigError       the YAML or an override
+      DataError         a chat file, or a prepared dataset
+      TemplateError     a template, a tokenizer, or a text that does not fit them
+      CheckpointError   a checkpoint or an exported folder
+      BackendError      hardware, attention, distributed setup
+
+An AssertionError is never meant for users: it is our bug.
+"""
+
+
+class OchatError(Exception):
+    """Base of everything ochat raises on purpose."""
+
+
+class ConfigError(OchatError):
+    """The configuration cannot be used as written."""
+
+
+class DataError(OchatError):
+    """Input chats or a prepared dataset cannot be used as they are."""
+
+
+class TemplateError(OchatError):
+    """A template does not fit the tokenizer, or a text does not fit the template."""
+
+
+class CheckpointError(OchatError):
+    """A checkpoint or exported model folder is missing, incomplete or of another kind."""
+
+
+class BackendError(OchatError):
+    """The hardware or the process group cannot do what the configuration asks."""

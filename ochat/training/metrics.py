@@ -1,0 +1,142 @@
+"""What a run reports: the list of metrics, how a step's are computed, and where they go.
+
+All are sums over every rank's rows, never rank 0's view. The x axis is train/global_step.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ochat.config import CONFIG_NAME, Config, slug
+from ochat.data.loader import TrainStep
+from ochat.training.engine import StepResult
+
+log = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.jsonl"
+STEP = "train/global_step"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    name: str
+    unit: str
+    meaning: str
+
+
+METRICS = (
+    Metric(name=STEP, unit="steps", meaning="optimizer steps done; the x axis"),
+    Metric(name="train/loss", unit="nats", meaning="sum of weight x CE / sum of weight, of the step"),
+    Metric(name="train/loss/{source}", unit="nats", meaning="the same within a source; absent without weight"),
+    Metric(name="train/objective", unit="nats", meaning="sum of weight x CE / denominator: what is minimised"),
+    Metric(name="train/mean_token_accuracy", unit="fraction", meaning="supervised tokens whose arg max is right"),
+    Metric(name="train/weight_share/{source}", unit="fraction", meaning="share of the step's sum of weights"),
+    Metric(name="train/learning_rate", unit="", meaning="of the step"),
+    Metric(name="train/grad_norm", unit="", meaning="global gradient norm before clipping"),
+    Metric(name="train/epoch", unit="epochs", meaning="passes over the data so far, fractional"),
+    Metric(name="train/num_tokens", unit="tokens", meaning="non-padding input tokens so far"),
+    Metric(name="perf/tokens_per_second", unit="tokens/s", meaning="non-padding input tokens, over all ranks"),
+    Metric(name="perf/tokens_per_second_per_gpu", unit="tokens/s", meaning="the same per rank"),
+    Metric(name="perf/packing_efficiency", unit="fraction", meaning="non-padding tokens / capacity of the rows"),
+    Metric(name="perf/data_wait_fraction", unit="fraction", meaning="share of the step's time waiting for data"),
+    Metric(name="memory/max_active_gib", unit="GiB", meaning="peak of active GPU memory on rank 0; absent on a CPU"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """seconds of a whole step, and of waiting for its data."""
+
+    step_s: float
+    data_wait_s: float
+
+
+def step_metrics(
+    config: Config,
+    result: StepResult,
+    step: TrainStep,
+    timing: Timing,
+    *,
+    global_step: int,
+    epoch_steps: int,
+    num_tokens: int,
+    lr: float,
+    world_size: int,
+) -> dict[str, float]:
+    """The metrics of one optimizer step. num_tokens: so far; epoch_steps: in this epoch."""
+    sums = result.sums
+    tokens_per_second = step.num_tokens / timing.step_s
+    metrics: dict[str, float] = {
+        STEP: global_step,
+        "train/objective": sums.loss / step.loss_denominator,
+        "train/learning_rate": lr,
+        "train/grad_norm": result.grad_norm,
+        "train/epoch": step.epoch + (step.index + 1) / epoch_steps,
+        "train/num_tokens": num_tokens,
+        "perf/tokens_per_second": tokens_per_second,
+        "perf/tokens_per_second_per_gpu": tokens_per_second / world_size,
+        "perf/packing_efficiency": step.fill,
+        "perf/data_wait_fraction": timing.data_wait_s / timing.step_s,
+    }
+    if sums.weight > 0:
+        metrics["train/loss"] = sums.loss / sums.weight
+        metrics["train/mean_token_accuracy"] = sums.correct / sums.num_supervised
+    for source, loss, weight in zip(config.data.sources, sums.source_loss, sums.source_weight, strict=True):
+        if weight > 0:
+            metrics[f"train/loss/{slug(source.name)}"] = loss / weight
+            metrics[f"train/weight_share/{slug(source.name)}"] = weight / sums.weight
+    return metrics
+
+
+class MetricsLog:
+    """Rank 0's record of a run: RUN/metrics.jsonl always (every step), W&B when configured."""
+
+    def __init__(self, config: Config, *, from_step: int) -> None:
+        self._every = config.training.log_every_steps
+        path = config.run_dir / METRICS_NAME
+        kept = _lines_up_to(path, from_step)
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._wandb: Any = _start_wandb(config) if config.tracking.wandb else None
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        """One object a line, readable while the run goes on; a number JSON has no word for is null."""
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._wandb and metrics[STEP] % self._every == 0:
+            self._wandb.log(dict(metrics), step=int(metrics[STEP]))
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _lines_up_to(path: Path, step: int) -> Sequence[str]:
+    """The lines of a metrics file up to and including a step: what a checkpoint of that step has seen."""
+    if not path.is_file():
+        return ()
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("}\n") and json.loads(line)[STEP] <= step]
+
+
+def _start_wandb(config: Config) -> Any:
+    import wandb
+
+    settings = config.tracking.wandb
+    assert settings is not None
+    run = wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        mode=settings.mode,
+        name=config.run.name,
+        dir=config.run_dir,
+        config=json.loads((config.run_dir / CONFIG_NAME).read_text(encoding="utf-8")),
+    )
+    run.define_metric("*", step_metric=STEP)
+    return run
