@@ -1,0 +1,208 @@
+"""Records become rows of the prepared dataset: what is cut, what is dropped, and what is counted."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ochat.config import SourceConfig
+from ochat.data.items import Counts, build_items, reply_starts, truncate
+from ochat.data.records import Record
+from ochat.data.store import SCHEMA
+from ochat.data.template import get_template
+from ochat.data.tokenize import ChatTokenizer, TokenizedConversation, load_tokenizer
+from ochat.errors import DataError
+
+FIXTURE = "mini-mistral"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(request: pytest.FixtureRequest) -> ChatTokenizer:
+    folder = request.config.rootpath / "tests" / "fixtures" / "tokenizers" / FIXTURE
+    template = get_template("openchat-3.5")
+    return ChatTokenizer(load_tokenizer(str(folder), template), template)
+
+
+def item(*weights: float) -> TokenizedConversation:
+    """Token number i is 10 + i, so that a shift shows."""
+    return TokenizedConversation(
+        input_ids=np.arange(10, 10 + len(weights), dtype=np.int32), token_weights=np.array(weights, dtype=np.float32)
+    )
+
+
+def cut_to(weights: list[float], max_length: int) -> tuple[list[int], list[float]] | None:
+    cut = truncate(item(*weights), max_length)
+    return None if cut is None else (cut.input_ids.tolist(), cut.token_weights.tolist())
+
+
+def build(rows: list[object], tokenizer: ChatTokenizer, *, max_length: int = 1000, **source: object):
+    config = SourceConfig(name="chats", path="chats.jsonl", **source)
+    # every second line of the file is blank
+    records = [Record(number=2 * n + 1, row=json.dumps(row).encode()) for n, row in enumerate(rows)]
+    return build_items(records, config, source_id=3, tokenizer=tokenizer, max_length=max_length)
+
+
+def row(*turns: tuple[str, str, float]) -> dict[str, object]:
+    return {"items": [{"role": role, "content": content, "weight": weight} for role, content, weight in turns]}
+
+
+# --- truncate
+
+
+@pytest.mark.parametrize(
+    ("weights", "max_length", "kept"),
+    [
+        ([0, 0, 1, 1], 4, 4),
+        ([0, 0, 1, 1], 5, 4),
+        ([0, 0, 1, 1], 3, 3),  # the cut falls into the reply
+        ([0, 0, 1, 1], 2, None),  # and before it
+        ([0, 1, 0, 0], 4, 2),  # context after the last reply goes
+        ([0, 1, 0, 1], 3, 2),  # also when the cut made it the last
+        ([0, 1, 0, 1], 4, 4),
+        ([0, 0, 0], 3, None),
+        ([1, 0, 0], 3, None),  # nothing predicts the first token
+        ([1, 1], 2, 2),
+        ([0, 0.5], 2, 2),
+    ],
+)
+def test_a_conversation_is_cut_to_max_length_and_to_its_last_reply(
+    weights: list[float], max_length: int, kept: int | None
+) -> None:
+    expected = None if kept is None else (list(range(10, 10 + kept)), weights[:kept])
+    assert cut_to(weights, max_length) == expected
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=12), st.integers(2, 14))
+def test_what_truncate_keeps_ends_with_a_weight_and_loses_none_before_the_cut(weights: list[float], limit: int) -> None:
+    kept = cut_to(weights, limit)
+    if kept is None:
+        assert not any(weights[1:limit])
+        return
+    ids, kept_weights = kept
+    assert (ids, kept_weights) == (list(range(10, 10 + len(ids))), weights[: len(ids)])
+    assert 2 <= len(ids) <= limit
+    assert kept_weights[-1] > 0
+    assert not any(weights[len(ids) : limit])
+
+
+# --- replies
+
+
+@pytest.mark.parametrize(
+    ("weights", "starts"),
+    [([0, 1, 1, 0, 2, 2], [1, 4]), ([1, 1, 0], [0]), ([0, 0], []), ([0, 1], [1]), ([], []), ([1, 0, 1, 0], [0, 2])],
+)
+def test_a_reply_is_a_run_of_weights(weights: list[float], starts: list[int]) -> None:
+    assert reply_starts(np.array(weights, dtype=np.float32)).tolist() == starts
+
+
+def test_a_system_message_between_replies_is_no_reply(tokenizer: ChatTokenizer) -> None:
+    # openchat-3.5 writes no prefix before a system message: weights there would run on from the reply before it.
+    batch, _ = build([row(("assistant", "a", 1), ("system", "b", 0.5), ("assistant", "c", 2))], tokenizer)
+    assert batch.column("num_replies").to_pylist() == [2]
+    assert batch.column("reply_weight_sum").to_pylist() == [3.0]
+
+
+# --- rows and counts
+
+
+def test_a_row_holds_ids_weights_and_their_sums(tokenizer: ChatTokenizer) -> None:
+    batch, _ = build([row(("user", "a b", 0), ("assistant", "c", 0.5), ("user", "d", 0), ("assistant", "e", 2))], tokenizer)
+    assert batch.schema == SCHEMA
+    (kept,) = batch.to_pylist()
+    # Each reply is 2 tokens (a letter, the end of turn): 2 x 0.5 + 2 x 2 = 5; the two messages weigh 2.5
+    assert [w for w in kept["token_weights"] if w] == [0.5, 0.5, 2.0, 2.0]
+    assert len(kept["input_ids"]) == len(kept["token_weights"])
+    del kept["input_ids"], kept["token_weights"]
+    assert kept == {
+        "source_id": 3,
+        "line": 1,
+        "weight_sum": 5.0,
+        "num_supervised": 4,
+        "num_replies": 2,
+        "reply_weight_sum": 2.5,
+        "reward": None,
+    }
+
+
+def test_sums_are_of_the_float32_weights_in_float64(tokenizer: ChatTokenizer) -> None:
+    batch, _ = build([row(("assistant", "c", 0.1))], tokenizer)
+    assert batch.column("weight_sum").to_pylist() == [2 * float(np.float32(0.1))]
+    assert batch.column("reply_weight_sum").to_pylist() == [float(np.float32(0.1))]
+    assert float(np.float32(0.1)) != 0.1
+
+
+def test_rows_without_a_trained_reply_are_dropped_and_lines_stay_right(tokenizer: ChatTokenizer) -> None:
+    untrained = row(("user", "a", 0), ("assistant", "b", 0))
+    batch, counts = build([row(("assistant", "a", 1)), untrained, row(("assistant", "b", 1))], tokenizer)
+    assert batch.column("line").to_pylist() == [1, 5]
+    assert (counts.read, counts.kept, counts.dropped_unsupervised) == (3, 2, 1)
+
+
+def test_every_token_is_kept_cut_or_trimmed(tokenizer: ChatTokenizer) -> None:
+    # 1 BOS, then for "a" 3 tokens ("User", ":", "a") and so on; only the sums matter here.
+    long = row(("user", "a", 0), ("assistant", "b", 1), ("user", "c d e f", 0), ("assistant", "g", 1))
+    whole, before = build([long], tokenizer)
+    length = len(whole.column("input_ids")[0])
+    limit = length - 2  # the last reply, a letter and the end of turn, is beyond
+    cut, counts = build([long], tokenizer, max_length=limit)
+    assert (before.truncated, before.cut_tokens, before.trimmed_tokens) == (0, 0, 0)
+    assert (counts.truncated, counts.cut_tokens, counts.read, counts.kept) == (1, 2, 1, 1)
+    assert counts.tokens == len(cut.column("input_ids")[0])
+    assert counts.tokens + counts.cut_tokens + counts.trimmed_tokens == length
+    assert counts.trimmed_tokens > 0
+    assert counts.supervised_tokens == 2
+    assert counts.weight_sum == 2.0
+
+
+def test_a_conversation_whose_replies_are_beyond_the_cut_is_dropped_not_truncated(tokenizer: ChatTokenizer) -> None:
+    batch, counts = build([row(("user", "a b c d e f", 0), ("assistant", "g", 1))], tokenizer, max_length=5)
+    assert batch.num_rows == 0
+    assert (counts.read, counts.kept, counts.dropped_unsupervised, counts.truncated) == (1, 0, 1, 0)
+    assert (counts.tokens, counts.cut_tokens) == (0, 0)
+
+
+def test_conditions_of_kept_rows_are_counted(tokenizer: ChatTokenizer) -> None:
+    one = row(("assistant", "a", 1))
+    dropped = {**row(("user", "a", 0)), "condition": "Code"}
+    _, counts = build([one, {**one, "condition": "Code"}, one, dropped], tokenizer, condition="GPT4")
+    assert counts.conditions == {"GPT4": 2, "Code": 1}
+
+
+def test_rewards_come_from_their_field(tokenizer: ChatTokenizer) -> None:
+    one = row(("assistant", "a", 1))
+    batch, _ = build([{**one, "score": 2}, {**one, "score": -0.5}], tokenizer, reward_field="score")
+    assert batch.column("reward").to_pylist() == [2.0, -0.5]
+
+
+def test_counts_add_up() -> None:
+    one = Counts(read=3, kept=2, dropped_unsupervised=1, weight_sum=0.5, conditions={"a": 1, "b": 1})
+    one.add(Counts(read=1, kept=1, weight_sum=1.5, conditions={"b": 2}))
+    assert one == Counts(read=4, kept=3, dropped_unsupervised=1, weight_sum=2.0, conditions={"a": 1, "b": 3})
+
+
+# --- errors name the line
+
+
+def test_a_bad_row_is_named_by_file_and_line(tokenizer: ChatTokenizer) -> None:
+    good = row(("assistant", "a", 1))
+    assert build([good, good], tokenizer)[1].kept == 2
+    with pytest.raises(DataError, match=r"^chats\.jsonl:3: message 1 has role 'tool_call'\."):
+        build([good, row(("tool_call", "a", 1))], tokenizer)
+    with pytest.raises(DataError, match=r"^chats\.jsonl:5: message 1: `weight` is nan"):
+        build([good, good, row(("assistant", "a", float("nan")))], tokenizer)
+
+
+def test_a_control_token_in_a_rows_condition_is_named_by_file_and_line(tokenizer: ChatTokenizer) -> None:
+    good = row(("assistant", "a", 1))
+    with pytest.raises(DataError, match=r"^chats\.jsonl:3: condition '<s>' spells a control token"):
+        build([good, {**good, "condition": "<s>"}, good], tokenizer)
+
+
+def test_an_already_decoded_row_is_taken_as_it_is(tokenizer: ChatTokenizer) -> None:
+    decoded = Record(number=1, row=row(("assistant", "a", 1)))
+    source = SourceConfig(name="chats", path="chats.json")
+    batch, _ = build_items([decoded], source, source_id=3, tokenizer=tokenizer, max_length=9)
+    assert batch.equals(build([decoded.row], tokenizer)[0])

@@ -1,0 +1,124 @@
+"""Chat files become numbered records; a file that cannot be read is a DataError."""
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from ochat.data.records import Record, hash_file, parse_line, read_records
+from ochat.errors import DataError
+
+ROWS = [{"messages": n} for n in (1, 2, 3)]
+JSONL = b'{"messages": 1}\n\n  \t\n{"messages": 2}\r\n{"messages": 3}'
+ARRAY = json.dumps(ROWS).encode()
+
+
+def write(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return path
+
+
+def decoded(records: list[Record]) -> list[object]:
+    return [json.loads(r.row) if isinstance(r.row, bytes) else r.row for r in records]
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(DataError) as raised:
+        list(read_records(path))
+    assert str(raised.value).startswith(str(path))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.jsonl.gz"])
+def test_blank_lines_are_passed_over_and_counted(tmp_path: Path, name: str) -> None:
+    records = list(read_records(write(tmp_path, name, JSONL)))
+    assert [r.number for r in records] == [1, 4, 5]
+    assert decoded(records) == ROWS
+
+
+@pytest.mark.parametrize("name", ["chats.json", "chats.json.gz"])
+def test_array_items_are_numbered_from_1(tmp_path: Path, name: str) -> None:
+    records = list(read_records(write(tmp_path, name, ARRAY)))
+    assert records == [Record(number=n, row=row) for n, row in enumerate(ROWS, 1)]
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.jsonl.gz", "chats.json", "chats.json.gz"])
+def test_advance_hears_every_byte_of_the_file(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, name, ARRAY if ".json." in f"{name}." else JSONL * 100_000)
+    heard: list[int] = []
+    num_records = sum(1 for _ in read_records(path, heard.append))
+    assert num_records >= 3
+    assert sum(heard) == path.stat().st_size
+
+
+def test_a_file_of_lines_is_not_read_ahead_to_its_end(tmp_path: Path) -> None:
+    path = write(tmp_path, "chats.jsonl", JSONL * 200_000)
+    heard: list[int] = []
+    next(read_records(path, heard.append))
+    assert 0 < sum(heard) < path.stat().st_size
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n"])
+def test_an_empty_file_has_no_records(tmp_path: Path, content: bytes) -> None:
+    assert list(read_records(write(tmp_path, "chats.jsonl", content))) == []
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert "no such file" in refused(tmp_path / "none.jsonl")
+
+
+def test_an_unknown_kind_of_file_lists_the_known_ones(tmp_path: Path) -> None:
+    assert "Known: .jsonl, .json, .jsonl.gz, .json.gz" in refused(write(tmp_path, "chats.csv", b"a,b"))
+
+
+@pytest.mark.parametrize(("content", "found"), [(b'{"a": 1}', "dict"), (b"3", "int")])
+def test_a_json_file_that_is_no_array_is_refused(tmp_path: Path, content: bytes, found: str) -> None:
+    assert f"expected a JSON array of chats, found {found}" in refused(write(tmp_path, "chats.json", content))
+
+
+def test_a_broken_json_file_is_refused(tmp_path: Path) -> None:
+    assert "not valid JSON at column 5" in refused(write(tmp_path, "chats.json", b"[1, "))
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no gzip at all", "wrong checksum", "wrong bits"])
+@pytest.mark.parametrize("name", ["chats.jsonl.gz", "chats.json.gz"])
+def test_a_damaged_gz_file_is_refused(tmp_path: Path, name: str, damage: str) -> None:
+    path = write(tmp_path, name, ARRAY)
+    assert list(read_records(path))
+    whole = path.read_bytes()  # a header of 10 bytes, the compressed data, a checksum and a length of 4 bytes each
+    damaged = {
+        "cut short": whole[:-12],
+        "no gzip at all": ARRAY,
+        "wrong checksum": whole[:-8] + bytes(4) + whole[-4:],
+        "wrong bits": whole[:10] + b"\xff" * 8 + whole[18:],
+    }
+    path.write_bytes(damaged[damage])
+    refused(path)
+
+
+def test_a_line_is_decoded() -> None:
+    assert parse_line('{"a": "é"}\n'.encode(), "f:1") == {"a": "é"}
+    assert parse_line(b"\xef\xbb\xbf[1]", "f:1") == [1]  # a byte order mark, as some editors leave it
+
+
+# The last two are valid JSON that Python will not take: too many digits, too many brackets.
+@pytest.mark.parametrize("line", [b"{'a': 1}", b"nope", b'"\xff"', b"[1" + b"0" * 5000 + b"]", b"[" * 100_000], ids=["quotes", "word", "utf8", "digits", "brackets"])
+def test_a_line_that_cannot_be_decoded_names_its_place(line: bytes) -> None:
+    with pytest.raises(DataError, match=r"^f:1: "):
+        parse_line(line, "f:1")
+
+
+def test_the_column_and_the_byte_of_the_mistake_are_named() -> None:
+    with pytest.raises(DataError, match=r"^f:1: not valid JSON at column 7: .* Fix or delete the line\.$"):
+        parse_line(b'{"a": }', "f:1")
+    with pytest.raises(DataError, match=r"^f:1: not valid UTF-8 at byte 1\. Convert the file to UTF-8\.$"):
+        parse_line(b'"\xff"', "f:1")
+
+
+def test_a_file_is_known_by_its_bytes(tmp_path: Path) -> None:
+    path = write(tmp_path, "chats.jsonl", JSONL)
+    assert hash_file(path) == hashlib.sha256(JSONL).hexdigest()
+    assert hash_file(path) != hashlib.sha256(JSONL + b"\n").hexdigest()
