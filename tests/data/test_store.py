@@ -43,7 +43,11 @@ def split(tmp_path: Path) -> Path:
 def manifest() -> Manifest:
     file = SourceFile(path="a.jsonl", size=3, mtime_ns=5, sha256="ab")
     return Manifest(
-        format_version=FORMAT_VERSION, fingerprint="f", recipe={"max_length": 8}, files={"a": file}, counts={"a": {"read": 1}}
+        format_version=FORMAT_VERSION,
+        fingerprint="f",
+        recipe={"max_length": 8},
+        files={"a": file},
+        counts={"a": {"read": 1}},
     )
 
 
@@ -170,10 +174,14 @@ def test_a_new_dataset_takes_the_place_of_the_old_one_at_the_end(old: Path) -> N
 
 @pytest.mark.parametrize("error", [DataError("line 3"), KeyboardInterrupt()])
 def test_an_error_leaves_the_old_dataset_as_it_was(old: Path, error: BaseException) -> None:
+    def fill_half() -> None:
+        with replace_prepared(old) as new:
+            fill(new, "half")
+            raise error
+
     before = contents(old)
-    with pytest.raises(type(error)), replace_prepared(old) as new:
-        fill(new, "half")
-        raise error
+    with pytest.raises(type(error)):
+        fill_half()
     assert contents(old) == before
 
 
@@ -198,7 +206,10 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
 def test_a_folder_of_someone_else_is_refused_and_kept(tmp_path: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match="is not a prepared dataset; it will not be overwritten"), replace_prepared(tmp_path):
+    with (
+        pytest.raises(DataError, match="is not a prepared dataset; it will not be overwritten"),
+        replace_prepared(tmp_path),
+    ):
         pass
     assert contents(tmp_path) == files
 

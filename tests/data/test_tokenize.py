@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_weights_are_the_messages_on_content_and_end_of_turn_and_0_elsewhere() -
     parts = [[tokenizer.bos_token_id], piece("GPT4 User:"), piece("Hello"), piece("<|end_of_turn|>")]
     parts += [piece("GPT4 Assistant:"), piece("GPT4"), piece("<|end_of_turn|>")]
     context, reply = sum(map(len, parts[:5])), len(parts[5]) + 1
-    assert item.input_ids.tolist() == sum(parts, [])
+    assert item.input_ids.tolist() == list(chain.from_iterable(parts))
     assert item.token_weights.tolist() == [0.0] * context + [np.float32(0.1)] * reply
     assert (item.input_ids.dtype, item.token_weights.dtype) == (np.int32, np.float32)
 
