@@ -41,11 +41,12 @@ def select_backend(engine: EngineConfig) -> Backend:
         raise BackendError(
             f"engine.type: torch runs in one process, the launcher started {world_size}. Use engine.type=deepspeed."
         )
-    cuda = torch.cuda.is_available()
+    device = local_device(local_rank)
+    cuda = device.type == "cuda"
     attention, attention_reason = _select_attention(cuda)
     dtype, dtype_reason = _select_dtype(engine, cuda)
     return Backend(
-        device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+        device=device,
         dtype=dtype,
         attention=attention,
         distributed="nccl" if cuda else "gloo",
@@ -84,6 +85,11 @@ def _select_dtype(engine: EngineConfig, cuda: bool) -> tuple[torch.dtype, str]:
     return torch.bfloat16, "bf16: " + (
         "engine.dtype asks for it" if engine.dtype == "bf16" else "the GPU's fast format"
     )
+
+
+def local_device(local_rank: int = 0) -> torch.device:
+    """This process's GPU if there is one, else the CPU."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _select_attention(cuda: bool) -> tuple[Attention, str]:

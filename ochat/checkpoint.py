@@ -7,6 +7,7 @@ ochat.json                                            the CheckpointCard
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any, Self
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from ochat.config import Config
+from ochat.data.store import Manifest
 from ochat.data.template import Template, get_template, to_jinja
 from ochat.data.tokenize import ChatTokenizer, adds_dummy_prefix
 from ochat.errors import CheckpointError
@@ -57,6 +60,30 @@ class CheckpointCard:
     def inference_template(self) -> Template:
         """The template with this model's default condition in the place of its own."""
         return replace(get_template(self.template), default_condition=self.default_condition)
+
+
+def make_card(config: Config, manifest: Manifest, *, best_source: int, step: int) -> CheckpointCard:
+    """The card of a run after `step`. best_source: position of the source with the highest weight."""
+    total: Counter[str] = Counter()
+    for counts in manifest.counts.values():
+        total.update(counts["conditions"])
+    template = get_template(config.model.template)
+    default = template.default_condition
+    if default not in total:
+        # Prompting a class the model has never seen would be a guess: take the expert's own.
+        in_best = manifest.counts[config.data.sources[best_source].name]["conditions"]
+        default = max(in_best, key=lambda condition: in_best[condition], default="")
+    return CheckpointCard(
+        format_version=CARD_VERSION,
+        base_model=config.model.name_or_path,
+        template=template.name,
+        conditions=tuple(condition for condition, _ in total.most_common()),
+        default_condition=default,
+        max_length=config.model.max_length,
+        step=step,
+        dataset_fingerprint=manifest.fingerprint,
+        config=config.model_dump(mode="json"),
+    )
 
 
 def export_model(

@@ -1,5 +1,6 @@
 """The `ochat` command. Each command reads its arguments and calls one function; heavy imports stay inside."""
 
+import shlex
 import sys
 from typing import Annotated
 
@@ -31,7 +32,9 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
     loaded = load_config(config, overrides or ())
     print_report(loaded, prepare(loaded))
-    print(f"\nnext: deepspeed --num_gpus 8 --module ochat.training.train --config {config}")
+    arguments = shlex.join([config, *(overrides or ())])
+    print(f"\nnext: deepspeed --module ochat.training.train --config {arguments}")
+    print(f"  or, in one process: ochat train {arguments}")
 
 
 @app.command()
@@ -39,11 +42,11 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train in this process, preparing the data first if need be. For several processes use the deepspeed launcher."""
     from ochat.config import load_config
     from ochat.data.prepare import prepare
-    from ochat.training.train import run_rank
+    from ochat.training.train import run_process
 
     loaded = load_config(config, overrides or ())
     prepare(loaded)
-    run_rank(loaded, f"ochat prepare {config}")
+    run_process(loaded, shlex.join(["ochat", "prepare", config, *(overrides or ())]))
     print(f"\nnext: ochat chat {loaded.run_dir}")
 
 

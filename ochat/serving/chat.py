@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from ochat.backend import local_device
 from ochat.checkpoint import CheckpointCard
 from ochat.data.conversation import Conversation, Message
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer
@@ -76,6 +77,5 @@ def load_chat(checkpoint: str | Path) -> Chat:
         folder = folder / "export"
     card = CheckpointCard.read(folder)
     tokenizer = load_tokenizer(str(folder), card.inference_template())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(local_device()).eval()
     return Chat(model, tokenizer, card)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ochat.backend import Backend
-from ochat.config import Config
+from ochat.config import Config, EngineConfig
 from ochat.data.loader import TrainStep
 from ochat.errors import OchatError
 from ochat.training.loss import LossSums, WeightedLoss
@@ -157,18 +157,23 @@ def deepspeed_config(config: Config, backend: Backend, accumulation: int) -> dic
     }
 
 
-def start_process_group(backend: Backend) -> None:
-    """Join the ranks. Without a launcher this process is a group of one."""
+def start_process(engine: EngineConfig, backend: Backend) -> None:
+    """Give this process its device and its share of the cores, and join the ranks."""
+    if backend.num_threads is not None:
+        torch.set_num_threads(backend.num_threads)
+    if backend.device.type == "cuda":
+        torch.cuda.set_device(backend.device)
+    if engine.type == "deepspeed":
+        _join_ranks(backend)
+
+
+def _join_ranks(backend: Backend) -> None:
     import deepspeed
     import deepspeed.ops
 
     # On a CPU DeepSpeed compiles a shared-memory op on first use (minutes, and a compiler); gloo does without. There is
     # no public switch for it: this dictionary is where it looks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if backend.device.type == "cuda":
-        torch.cuda.set_device(backend.device)
-    if backend.num_threads is not None:
-        torch.set_num_threads(backend.num_threads)
     deepspeed.init_distributed(dist_backend=backend.distributed, verbose=False)
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig
 
 from ochat.backend import Backend, select_backend
-from ochat.checkpoint import CARD_VERSION, CheckpointCard, export_model
+from ochat.checkpoint import export_model, make_card
 from ochat.config import Config, save_config
 from ochat.data.loader import Loader, TrainStep
 from ochat.data.prepare import check_prepared
@@ -20,7 +20,7 @@ from ochat.data.tokenize import load_tokenizer
 from ochat.errors import CheckpointError, DataError
 from ochat.model import load_model
 from ochat.progress import progress_bar
-from ochat.training.engine import TrainEngine, build_engine, start_process_group
+from ochat.training.engine import TrainEngine, build_engine, start_process
 from ochat.training.loss import WeightedLoss
 from ochat.training.metrics import MetricsLog, Timing, step_metrics
 from ochat.training.optim import auto_learning_rate, lr_at
@@ -52,7 +52,7 @@ def train(config: Config, *, prepare_command: str = "ochat prepare CONFIG") -> P
     schedule = _Schedule.of(config, loader)
     _refuse_used_run(config)
 
-    start_process_group(backend)
+    start_process(config.engine, backend)
     model = load_model(config.model, tokenizer, backend, seed=config.run.seed)
     peak_lr = _peak_lr(config, model.config, split, schedule)
     engine = build_engine(config, WeightedLoss(model, len(config.data.sources)), backend)
@@ -85,7 +85,13 @@ def train(config: Config, *, prepare_command: str = "ochat prepare CONFIG") -> P
                 log.info("saved %s", saved)
     if metrics_log is not None:
         metrics_log.close()
-    return _export(config, engine, model, tokenizer, manifest, loader, state, rank=backend.rank)
+    state_dict = engine.full_state_dict()
+    folder = config.run_dir / EXPORT_NAME
+    if backend.rank == 0:
+        card = make_card(config, manifest, best_source=loader.best_source(), step=state.step)
+        export_model(folder, model=model, state_dict=state_dict, tokenizer=tokenizer, card=card)
+        log.info("exported %s (default condition %r)", folder, card.default_condition)
+    return folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,54 +196,6 @@ def _is_due(config: Config, state: TrainerState, schedule: _Schedule) -> bool:
     by_epoch = every_epochs is not None and state.epoch_step == 0 and state.epoch % every_epochs == 0
     by_step = every_steps is not None and state.step % every_steps == 0
     return by_epoch or by_step or state.step == schedule.total_steps
-
-
-def _export(
-    config: Config,
-    engine: TrainEngine,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    manifest: Manifest,
-    loader: Loader,
-    state: TrainerState,
-    *,
-    rank: int,
-) -> Path:
-    folder = config.run_dir / EXPORT_NAME
-    state_dict = engine.full_state_dict()
-    if rank == 0:
-        conditions, default = _conditions(config, manifest, loader)
-        card = CheckpointCard(
-            format_version=CARD_VERSION,
-            base_model=config.model.name_or_path,
-            template=get_template(config.model.template).name,
-            conditions=conditions,
-            default_condition=default,
-            max_length=config.model.max_length,
-            step=state.step,
-            dataset_fingerprint=manifest.fingerprint,
-            config=config.model_dump(mode="json"),
-        )
-        export_model(folder, model=model, state_dict=state_dict, tokenizer=tokenizer, card=card)
-        log.info("exported %s (default condition %r)", folder, default)
-    return folder
-
-
-def _conditions(config: Config, manifest: Manifest, loader: Loader) -> tuple[tuple[str, ...], str]:
-    """Conditions by frequency, and the one to prompt with when none is asked for.
-
-    That is the template's default if it was trained; else the commonest condition of the best-weighted source.
-    """
-    total: dict[str, int] = {}
-    for counts in manifest.counts.values():
-        for condition, number in counts["conditions"].items():
-            total[condition] = total.get(condition, 0) + number
-    conditions = tuple(sorted(total, key=lambda c: -total[c]))
-    if (default := get_template(config.model.template).default_condition) in total:
-        return conditions, default
-    best = config.data.sources[loader.best_source()].name
-    in_best = manifest.counts[best]["conditions"]
-    return conditions, max(in_best, key=lambda c: in_best[c])
 
 
 def _max_active_gib() -> float:

@@ -1,0 +1,122 @@
+"""The commands as a user types them: what they print, where, and how they fail."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.experiment import write_experiment
+from tests.launch import free_port, run
+
+
+def launch(*arguments: object):
+    return run("deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "--module", "ochat.training.train",
+               *arguments)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory):
+    """prepare, then train with two launched processes: (folder, prepare's output, the launch's output)."""
+    folder = tmp_path_factory.mktemp("cli")
+    path = write_experiment(folder, engine={"zero_stage": 2}, tracking={"wandb": {"mode": "offline"}})
+    prepared = run("ochat", "prepare", path)
+    trained = launch("--config", path, "training.max_steps=3", "run.name=two")
+    return folder, prepared, trained
+
+
+def test_prepare_prints_a_row_per_source_and_the_next_command(launched):
+    folder, prepared, _ = launched
+
+    assert prepared.returncode == 0, prepared.stderr
+    expert, crowd = (line for line in prepared.stdout.splitlines() if line.startswith(("│ expert", "│ crowd")))
+    assert expert.split()[3:6:2] == ["30", "30"]
+    assert crowd.split()[3:6:2] == ["90", "90"]
+    shares = [float(line.rstrip("│ ").split()[-1].rstrip("%")) for line in (expert, crowd)]
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+    assert shares[0] > 60  # 30 chats at 1.0 against 90 at 0.1
+    assert f"deepspeed --module ochat.training.train --config {folder / 'experiment.yaml'}" in prepared.stdout
+
+
+def test_the_launcher_trains_with_an_override_and_rank_0_tells_the_story_once(launched):
+    folder, _, trained = launched
+    output = trained.stdout + trained.stderr
+
+    assert trained.returncode == 0, output[-3000:]
+    assert len((folder / "runs/two/metrics.jsonl").read_text().splitlines()) == 3
+    assert output.count("INFO backend: cpu float32") == 1
+    assert output.count("INFO exported") == 1
+    assert "Writing model shards" not in output
+    assert "FutureWarning" not in output
+
+
+def test_an_offline_wandb_run_is_written_beside_the_metrics(launched):
+    folder, _, _ = launched
+
+    assert len(list((folder / "runs/two/wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+def test_the_launcher_refuses_data_that_was_not_prepared_and_names_the_command(tmp_path: Path):
+    path = write_experiment(tmp_path)
+    done = launch("--config", path, "training.num_epochs=1")
+    output = done.stdout + done.stderr
+
+    assert done.returncode != 0
+    assert output.count(f"Run: ochat prepare {path} training.num_epochs=1") == 1
+    assert "Traceback" not in output
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_train_prepares_by_itself_in_one_process(tmp_path: Path):
+    path = write_experiment(tmp_path)
+    done = run("ochat", "train", path, "engine.type=torch", "training.max_steps=2")
+
+    assert done.returncode == 0, done.stderr
+    assert f"next: ochat chat {tmp_path}/runs/test" in done.stdout
+    last = json.loads((tmp_path / "runs/test/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["train/global_step"] == 2
+
+
+def test_train_in_one_process_uses_deepspeed_when_the_recipe_says_so(tmp_path: Path):
+    path = write_experiment(tmp_path)
+    done = run("ochat", "train", path, "training.max_steps=1")
+
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/test/export/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "config"])
+def test_every_command_answers_a_mistake_in_one_paragraph(tmp_path: Path, command: str):
+    path = write_experiment(tmp_path)
+    done = run("ochat", command, path, "training.num_epoch=3")
+
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "error: override 'training.num_epoch=3': `training.num_epoch` is not a known key (found 3). "
+        "Did you mean `training.num_epochs`?\n"
+    )
+
+
+def test_the_launcher_answers_a_mistake_once_and_without_a_traceback(tmp_path: Path):
+    done = launch("--config", write_experiment(tmp_path), "engine.zero_stage=7")
+    output = done.stdout + done.stderr
+
+    assert done.returncode != 0
+    assert output.count("`engine.zero_stage` is 7: input should be 0, 1 or 2.") == 1
+    assert "Traceback" not in output
+
+
+def test_progress_is_plain_lines_when_not_a_terminal(launched):
+    _, prepared, trained = launched
+
+    assert "\x1b[" not in prepared.stderr + trained.stdout + trained.stderr
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path: Path):
+    path = write_experiment(tmp_path)
+    done = run_in_terminal("ochat", "train", path, "engine.type=torch", "training.max_steps=4")
+
+    assert "training" in done
+    assert "4/4" in done
+    assert "tokens/s" in done
+    assert "loss" in done

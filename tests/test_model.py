@@ -1,0 +1,184 @@
+"""Packed equals one-by-one, and what a document sees is itself."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+from ochat.backend import select_backend
+from ochat.config import EngineConfig, ModelConfig
+from ochat.data.batch import Document, collate
+from ochat.errors import ConfigError
+from ochat.model import hidden_states, lm_head_weight, load_model, resize_vocabulary
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+ARCHITECTURES = {
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "mistral-window-6": MistralConfig(**SHAPE, sliding_window=6),
+    "llama": LlamaConfig(**SHAPE),
+}
+# Two documents of one length (they share a kernel call), one longer than the window, one of a single token.
+LENGTHS = (9, 5, 9, 1, 14)
+
+
+class FakeTokenizer:
+    def __len__(self) -> int:
+        return SHAPE["vocab_size"]
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def architecture(request, tmp_path):
+    ARCHITECTURES[request.param].save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(folder, *, checkpointing=False):
+    model = ModelConfig(
+        name_or_path=str(folder), template="openchat-3.5", max_length=16, init="random",
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    backend = select_backend(EngineConfig(type="torch"))
+    return load_model(model, FakeTokenizer(), backend, seed=0).train()
+
+
+def documents(seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Document(
+            input_ids=rng.integers(0, 64, n).astype(np.int32),
+            token_weights=np.ones(n, np.float32),
+            source_id=0,
+        )
+        for n in LENGTHS
+    ]
+
+
+def one_by_one(folder, docs, probe):
+    """Logits and gradients by plain transformers, a document at a time, with its own sdpa attention."""
+    model = load(folder)
+    plain = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa")
+    plain.load_state_dict(model.state_dict())
+    logits = torch.cat([plain(torch.from_numpy(d.input_ids).long()[None], use_cache=False).logits[0] for d in docs])
+    (logits * probe).sum().backward()
+    return logits.detach(), {name: p.grad for name, p in plain.named_parameters()}
+
+
+def packed(folder, docs, probe, *, checkpointing=False):
+    model = load(folder, checkpointing=checkpointing)
+    logits = hidden_states(model, collate(docs)) @ lm_head_weight(model).T
+    (logits * probe).sum().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+def test_packed_logits_and_gradients_are_those_of_one_by_one(architecture, checkpointing):
+    docs = documents()
+    probe = torch.randn(sum(LENGTHS), 64, generator=torch.Generator().manual_seed(1))
+
+    logits, grads = packed(architecture, docs, probe, checkpointing=checkpointing)
+    expected_logits, expected_grads = one_by_one(architecture, docs, probe)
+
+    assert (logits - expected_logits).abs().max() < 1e-5
+    for name, grad in grads.items():
+        assert (grad - expected_grads[name]).abs().max() < 1e-4 * expected_grads[name].abs().max().clamp(min=1), name
+
+
+def test_one_document_over_the_whole_row_is_not_the_same(architecture):
+    """The negative control: without the boundaries, the comparison above fails by far more than its tolerance."""
+    docs = documents()
+    joined = [
+        Document(
+            input_ids=np.concatenate([d.input_ids for d in docs]),
+            token_weights=np.ones(sum(LENGTHS), np.float32),
+            source_id=0,
+        )
+    ]
+    probe = torch.ones(sum(LENGTHS), 64)
+
+    leaking, _ = packed(architecture, joined, probe)
+    expected, _ = one_by_one(architecture, docs, probe)
+
+    assert (leaking - expected).abs().max() > 1e-2
+
+
+def test_changing_one_document_changes_no_other(architecture):
+    docs = documents()
+    changed = list(docs)
+    changed[1] = dataclasses.replace(docs[1], input_ids=(docs[1].input_ids + 1) % 64)
+    probe = torch.ones(sum(LENGTHS), 64)
+
+    before, _ = packed(architecture, docs, probe)
+    after, _ = packed(architecture, changed, probe)
+
+    mine = slice(LENGTHS[0], LENGTHS[0] + LENGTHS[1])
+    others = torch.ones(sum(LENGTHS), dtype=torch.bool)
+    others[mine] = False
+    assert torch.equal(before[others], after[others])
+    assert (before[mine] - after[mine]).abs().max() > 1e-3
+
+
+def test_the_window_hides_what_is_beyond_it(tmp_path):
+    """In one layer, token 13 of the last document with window 6 sees tokens 8 to 13, so token 7 cannot matter."""
+    MistralConfig(**{**SHAPE, "num_hidden_layers": 1}, sliding_window=6).save_pretrained(tmp_path)
+    docs = documents()
+    outputs = {}
+    for position in (None, 7, 8):
+        ids = docs[-1].input_ids.copy()
+        if position is not None:
+            ids[position] = (ids[position] + 1) % 64
+        outputs[position], _ = packed(tmp_path, [dataclasses.replace(docs[-1], input_ids=ids)], torch.ones(14, 64))
+
+    assert torch.equal(outputs[None][13], outputs[7][13])
+    assert not torch.equal(outputs[None][13], outputs[8][13])
+
+
+def test_random_weights_follow_the_seed(tmp_path):
+    ARCHITECTURES["llama"].save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    first = load(tmp_path).state_dict()
+    torch.manual_seed(6)
+    second = load(tmp_path).state_dict()
+
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_new_token_starts_as_the_mean_of_the_old(tmp_path):
+    ARCHITECTURES["llama"].save_pretrained(tmp_path)
+    model = load(tmp_path)
+    mean = model.get_input_embeddings().weight.detach().mean(dim=0)
+
+    resize_vocabulary(model, 66)
+
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert layer.weight.shape[0] == 66
+    assert torch.allclose(model.get_input_embeddings().weight[64:], mean.expand(2, -1), atol=1e-7)
+    assert model.config.vocab_size == 66
+
+
+def test_another_family_is_refused_with_the_list_of_those_that_work(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+
+    with pytest.raises(ConfigError, match=r"family 'gpt2'. Families that pack exactly: llama, mistral"):
+        load(tmp_path)
+
+
+def test_a_misspelt_override_names_the_nearest_field(tmp_path):
+    ARCHITECTURES["mistral"].save_pretrained(tmp_path)
+    model = ModelConfig(
+        name_or_path=str(tmp_path), template="openchat-3.5", max_length=16, init="random",
+        config_overrides={"sliding_windw": 4},
+    )  # fmt: skip
+
+    with pytest.raises(ConfigError, match=r"mistral has no field 'sliding_windw'. Did you mean 'sliding_window'"):
+        load_model(model, FakeTokenizer(), select_backend(EngineConfig(type="torch")), seed=0)

@@ -1,0 +1,174 @@
+"""The loop as a whole, with the torch engine in this process: what it writes, what it refuses, what it learns."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from ochat.checkpoint import CheckpointCard
+from ochat.config import Config, load_config
+from ochat.data.prepare import prepare
+from ochat.errors import CheckpointError, DataError, OchatError
+from ochat.training.metrics import METRICS
+from ochat.training.trainer import train
+from tests.experiment import make_experiment, write_experiment
+
+TORCH = "engine.type=torch"
+
+
+def prepared(folder: Path, *overrides: str) -> Config:
+    config = make_experiment(folder, TORCH, *overrides)
+    prepare(config)
+    return config
+
+
+def lines(config: Config) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def shares(line: dict[str, float]) -> dict[str, float]:
+    """Of the sources that have weight in the step; an epoch's last rows may hold none of one."""
+    prefix = "train/weight_share/"
+    return {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of six epochs."""
+    config = prepared(tmp_path_factory.mktemp("trainer"), "training.num_epochs=6", "optimizer.learning_rate=1e-2")
+    train(config)
+    return config
+
+
+def test_the_loss_falls_for_every_source(finished: Config):
+    logged = lines(finished)
+
+    for name in ("train/loss", "train/loss/expert", "train/loss/crowd"):
+        assert logged[-1][name] < 0.8 * logged[0][name], name
+
+
+def test_every_step_is_one_line_with_the_documented_names(finished: Config):
+    logged = lines(finished)
+    sources = ("expert", "crowd")
+    documented = {m.name.format(source=s) for m in METRICS for s in sources if m.name.startswith(("train/", "perf/"))}
+
+    assert [line["train/global_step"] for line in logged] == list(range(1, len(logged) + 1))
+    assert set(logged[0]) == documented
+    assert all(set(line) <= documented for line in logged)
+
+
+def test_shares_tokens_and_epochs_add_up(finished: Config):
+    logged = lines(finished)
+    manifest = json.loads((Path(finished.data.prepared_dir) / "manifest.json").read_text())
+    tokens = sum(count["tokens"] for count in manifest["counts"].values())
+
+    assert logged[-1]["train/epoch"] == 6
+    assert logged[-1]["train/num_tokens"] == 6 * tokens
+    assert all(sum(shares(line).values()) == pytest.approx(1) for line in logged)
+    assert all(0 <= line["perf/data_wait_fraction"] < 1 for line in logged)
+
+
+def test_loss_is_the_weighted_mean_of_the_sources_losses(finished: Config):
+    for line in lines(finished):
+        mixed = sum(line[f"train/loss/{source}"] * share for source, share in shares(line).items())
+        assert line["train/loss"] == pytest.approx(mixed, rel=1e-9)
+
+
+def test_the_run_folder_holds_the_resolved_configuration(finished: Config):
+    assert Config.model_validate_json((finished.run_dir / "config.json").read_text()) == finished
+
+
+def test_checkpoints_beyond_keep_last_are_dropped(finished: Config):
+    steps_per_epoch = len(lines(finished)) // 6
+
+    kept = sorted(path.name for path in (finished.run_dir / "checkpoints").iterdir())
+
+    assert kept == [f"step-{epoch * steps_per_epoch:08d}" for epoch in (5, 6)]
+
+
+def test_the_card_says_what_was_trained(finished: Config):
+    card = CheckpointCard.read(finished.run_dir / "export")
+
+    assert card.template == "openchat-3.5"
+    assert card.conditions == ("GPT3", "GPT4")  # 90 chats and 30
+    assert card.default_condition == "GPT4"  # the better weighted source's; "GPT4 Correct" was never trained
+    assert card.step == len(lines(finished))
+
+
+def test_training_a_finished_run_again_changes_nothing(finished: Config):
+    before = (finished.run_dir / "metrics.jsonl").read_text()
+
+    train(finished)
+
+    assert (finished.run_dir / "metrics.jsonl").read_text() == before
+
+
+def test_a_used_run_folder_is_refused_when_resuming_is_off(finished: Config):
+    again = load_config(
+        write_experiment(finished.run_dir.parents[1]),
+        [TORCH, "training.num_epochs=6", "optimizer.learning_rate=1e-2", "checkpoint.resume=never"],
+    )
+    with pytest.raises(CheckpointError, match=r"already has checkpoints. Set checkpoint.resume=auto"):
+        train(again)
+
+
+def test_another_seed_in_a_used_run_folder_is_refused(finished: Config):
+    other = load_config(write_experiment(finished.run_dir.parents[1]), [TORCH, "training.num_epochs=7", "run.seed=1"])
+
+    with pytest.raises(CheckpointError, match="its packing plan is not this configuration's"):
+        train(other)
+
+
+def test_metrics_after_the_checkpoint_are_cut_back(tmp_path: Path):
+    config = prepared(tmp_path, "training.num_epochs=2")
+    train(config)
+    whole = lines(config)
+    newest = sorted((config.run_dir / "checkpoints").iterdir())[-1]
+    newest.rename(tmp_path / "lost")  # as if killed after metrics of the last steps, before their checkpoint
+
+    train(config)
+
+    again = lines(config)
+    assert [line["train/global_step"] for line in again] == [line["train/global_step"] for line in whole]
+    assert [line["train/loss"] for line in again] == [line["train/loss"] for line in whole]
+
+
+def test_a_missing_prepared_dataset_names_the_command_that_makes_it(tmp_path: Path):
+    with pytest.raises(DataError, match=r"no prepared dataset there .*Run: ochat prepare my.yaml"):
+        train(make_experiment(tmp_path, TORCH), prepare_command="ochat prepare my.yaml")
+
+
+def test_an_outdated_prepared_dataset_says_what_changed(tmp_path: Path):
+    prepared(tmp_path)
+
+    with pytest.raises(DataError, match=r"out of date: sources.crowd.condition was 'GPT3', is 'Code'.*Run:"):
+        train(make_experiment(tmp_path, TORCH, "data.sources.1.condition=Code"))
+
+
+def test_max_steps_ends_the_run_and_its_schedule(tmp_path: Path):
+    config = prepared(tmp_path, "training.max_steps=3", "training.num_epochs=9")
+
+    train(config)
+
+    logged = lines(config)
+    assert len(logged) == 3
+    assert logged[-1]["train/learning_rate"] == pytest.approx(1e-3 * 0.1)
+
+
+def test_a_loss_that_is_not_a_number_stops_before_the_update(tmp_path: Path):
+    config = prepared(tmp_path, "optimizer.learning_rate=1e30", "scheduler.warmup_ratio=0")
+
+    with pytest.raises(OchatError, match="the loss of this step is nan"):
+        train(config)
+
+
+def test_the_story_of_a_run_is_short(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config = prepared(tmp_path)
+
+    with caplog.at_level(logging.INFO, logger="ochat"):
+        train(config)
+
+    assert "no CUDA" in caplog.text
+    assert "fp32" in caplog.text
+    assert len(caplog.records) <= 30
