@@ -43,8 +43,8 @@ def select_backend(engine: EngineConfig) -> Backend:
         )
     device = local_device(local_rank)
     cuda = device.type == "cuda"
-    attention, attention_reason = _select_attention(cuda)
     dtype, dtype_reason = _select_dtype(engine, cuda)
+    attention, attention_reason = _select_attention(cuda, dtype)
     return Backend(
         device=device,
         dtype=dtype,
@@ -92,9 +92,11 @@ def local_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _select_attention(cuda: bool) -> tuple[Attention, str]:
+def _select_attention(cuda: bool, dtype: torch.dtype) -> tuple[Attention, str]:
     if not cuda:
         return "document_sdpa", "attention per document: no GPU kernel on a CPU"
+    if dtype == torch.float32:
+        return "document_sdpa", "attention per document: the GPU kernels take 16 bits only"
     if importlib.util.find_spec("flash_attn") is not None:
         return "flash_attention_2", "flash-attn is installed"
     if importlib.util.find_spec("torch.nn.attention.varlen") is not None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 from rich.progress import (
@@ -33,16 +34,27 @@ class Bar:
     total: int
     progress: Progress
     task: TaskID
-    done: int = 0
-    last_line: float = 0.0
+    unit: Literal["bytes", "steps"]
+    done: int
+    done_before: int
+    began: float
+    last_line: float
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         self.done += amount
+        finished = amount > 0 and self.done >= self.total
         if console.is_terminal:
             self.progress.update(self.task, advance=amount, note=note)
-        elif time.monotonic() - self.last_line > PLAIN_SECONDS:
+        elif finished or time.monotonic() - self.last_line > PLAIN_SECONDS:
             self.last_line = time.monotonic()
-            log.info("%s: %.0f %%  %s", self.title, 100 * self.done / max(1, self.total), note)
+            log.info("%s", self._plain_line(note))
+
+    def _plain_line(self, note: str) -> str:
+        rate = (self.done - self.done_before) / max(1e-9, time.monotonic() - self.began)
+        left = timedelta(seconds=round((self.total - self.done) / rate)) if rate > 0 else "unknown"
+        count = f"{self.done}/{self.total} " if self.unit == "steps" else ""
+        share = self.done / max(1, self.total)
+        return "  ".join(part for part in (f"{self.title} {count}{share:.0%}", note, f"{left} left") if part)
 
 
 @contextmanager
@@ -53,4 +65,5 @@ def progress_bar(title: str, *, total: int, unit: Literal["bytes", "steps"], don
     progress = Progress(*columns, console=console, disable=not console.is_terminal)
     task = progress.add_task(title, total=total, completed=done, note="")
     with progress:
-        yield Bar(title, total, progress, task, done, time.monotonic())
+        now = time.monotonic()
+        yield Bar(title, total, progress, task, unit, done, done_before=done, began=now, last_line=now)

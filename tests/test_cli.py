@@ -1,12 +1,13 @@
 """The commands as a user types them: what they print, where, and how they fail."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.experiment import write_experiment
-from tests.launch import free_port, run
+from tests.launch import free_port, run, run_in_terminal
 
 
 def launch(*arguments: object):
@@ -109,6 +110,7 @@ def test_the_launcher_answers_a_mistake_once_and_without_a_traceback(tmp_path: P
 def test_progress_is_plain_lines_when_not_a_terminal(launched):
     _, prepared, trained = launched
 
+    assert re.search(r"INFO training 3/3 100%  loss [\d.]+  lr [\d.e-]+  [\d,]+ tokens/s  0:00:00 left", trained.stderr)
     assert "\x1b[" not in prepared.stderr + trained.stdout + trained.stderr
 
 

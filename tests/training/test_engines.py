@@ -7,10 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ochat.backend import select_backend
-from ochat.config import EngineConfig
 from ochat.data.prepare import prepare
-from ochat.errors import BackendError
 from tests.experiment import make_experiment
 from tests.launch import ALONE, ROOT, free_port, run
 
@@ -107,22 +104,3 @@ def test_bf16_stages_agree_and_follow_the_fp32_curve(runs: Path):
     assert column(runs / "bf16-2", "train/loss") == pytest.approx(first, abs=1e-5)
     for name in ("bf16-1", "two-bf16-1", "two-bf16-2"):
         assert column(runs / name, "train/loss") == pytest.approx(column(runs / "steps-torch", "train/loss"), rel=1e-2)
-
-
-def test_bf16_without_zero_is_refused_with_the_fix():
-    with pytest.raises(BackendError, match=r"engine.zero_stage: 0 with bf16 is refused.*Use engine.zero_stage=1"):
-        select_backend(EngineConfig(zero_stage=0, dtype="bf16"))
-
-
-def test_the_torch_engine_refuses_several_processes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-
-    with pytest.raises(BackendError, match=r"torch runs in one process, the launcher started 2"):
-        select_backend(EngineConfig(type="torch"))
-
-
-def test_the_backend_gives_its_reasons():
-    backend = select_backend(EngineConfig(dtype="fp32"))
-
-    assert backend.dtype == torch.float32
-    assert "fp32: engine.dtype asks for it" in backend.reason
