@@ -195,7 +195,7 @@ FILE_MISTAKES = {
     "missing key": ("name: tiny, ", "", "`run.name`", "missing", "output_dir/name"),
     "missing section": (BATCH, "", "`batch`", "missing", ""),
     "name that is no folder": ("tiny", "a/b", "`run.name`", '"a/b"', "letters, digits"),
-    "no source": (SOURCES, "[]\n", "`data.sources`", "[]", "at least 1"),
+    "no source": (SOURCES, " []\n", "`data.sources`", "[]", "at least 1"),
     "ratio no integer": ("512", "500", "`batch.global_batch_tokens`", "500", "Use 384 or 512"),
     "row shorter than a conversation": ("max_length: 64", "max_length: 129", "`batch.micro_batch_tokens`", "128", ""),
     "weight mixed with reward": ("weight: 0.1", "reward: 0", "`data.sources.0`", "has no reward", "every source"),
