@@ -327,12 +327,13 @@ def test_a_condition_that_spells_a_control_token_is_refused(done: Kitchen) -> No
         prepare(done.config("data.sources.0.condition=<|end_of_turn|>"))
 
 
-def test_sources_without_any_reply_end_in_a_table_of_zeros(
-    kitchen: Kitchen, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kitchen.source("chats", jsonl(USER_ONLY))
-    print_report(kitchen.config(), prepare(kitchen.config()))
-    assert "0.0%" in capsys.readouterr().out
+def test_sources_without_any_reply_are_refused_and_the_old_dataset_stays(done: Kitchen) -> None:
+    before = done.files()
+    for name in ("good", "bad"):
+        (done.folder / f"{name}.jsonl").write_bytes(jsonl(USER_ONLY))
+    with pytest.raises(DataError, match="nothing to train on"):
+        prepare(done.config())
+    assert done.files() == before
 
 
 # --- the report

@@ -209,7 +209,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
             load_tokenizer(str(folder), get_template("openchat-3.5"))
 
 
-@pytest.mark.parametrize("text", ["{", '{"version": "1.0"}', "[]", ""])
+@pytest.mark.parametrize("text", ["{", '{"version": "1.0"}', '{"added_tokens": []}', "[]", ""])
 def test_a_damaged_tokenizer_file_is_a_template_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(TemplateError) as raised:

@@ -70,10 +70,3 @@ def test_an_item_without_a_reward_names_its_source(tmp_path: Path) -> None:
     items = split(tmp_path, [None, 2.0, None, None])
     with pytest.raises(DataError, match=r"^source s1: items without a reward\. Run `ochat prepare` again"):
         item_weights(config({"reward": 1}, {"reward_field": "score"}, beta=1), items)
-
-
-@pytest.mark.parametrize("beta", [None, 1.0])
-def test_no_items_have_no_weights(tmp_path: Path, beta: float | None) -> None:
-    write_split(iter([]), tmp_path / "train")
-    rewarded = {} if beta is None else {"reward": 1}
-    assert item_weights(config(rewarded, beta=beta), PreparedSplit(tmp_path / "train")).tolist() == []
