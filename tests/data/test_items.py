@@ -123,10 +123,12 @@ def test_a_row_holds_ids_weights_and_their_sums(tokenizer: ChatTokenizer) -> Non
 
 
 def test_sums_are_of_the_float32_weights_in_float64(tokenizer: ChatTokenizer) -> None:
-    batch, _ = build([row(("assistant", "c", 0.1))], tokenizer)
-    assert batch.column("weight_sum").to_pylist() == [2 * float(np.float32(0.1))]
+    batch, _ = build([row(("assistant", "c " * 40, 0.1))], tokenizer)
+    weights = np.array(batch.column("token_weights")[0].as_py(), dtype=np.float32)
+    exact = pytest.approx(np.count_nonzero(weights) * float(np.float32(0.1)), rel=1e-12)
+    assert batch.column("weight_sum").to_pylist() == [exact]
     assert batch.column("reply_weight_sum").to_pylist() == [float(np.float32(0.1))]
-    assert float(np.float32(0.1)) != 0.1
+    assert float(weights.sum()) != exact  # summed in float32, the seventh digit is wrong
 
 
 def test_rows_without_a_trained_reply_are_dropped_and_lines_stay_right(tokenizer: ChatTokenizer) -> None:
