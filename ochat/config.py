@@ -267,14 +267,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         known = f" In {path.parent}/ there is: {', '.join(near)}." if near else ""
         raise ConfigError(f"{path}: no such configuration file.{known}")
-    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path}: not valid UTF-8 at byte {exc.start}. Save the file as UTF-8.") from exc
+    tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `run:` and `model:`, found {type(tree).__name__}.")
     origins = {_override(tree, override): f"override {override!r}" for override in overrides}
     try:
         return Config.model_validate_json(json.dumps(tree))
     except ValidationError as exc:
-        raise ConfigError(explain(exc, Config, str(path), origins)) from exc
+        raise ConfigError(explain(exc, Config, tree, str(path), origins)) from exc
 
 
 def _override(tree: dict[str, Any], override: str) -> str:
@@ -287,7 +291,7 @@ def _override(tree: dict[str, Any], override: str) -> str:
     for depth, key in enumerate(keys):
         here = ".".join(keys[:depth]) or "the configuration"
         if isinstance(node, list):
-            if not (key.isdigit() and int(key) < len(node)):
+            if not (key.isascii() and key.isdigit() and int(key) < len(node)):
                 raise ConfigError(
                     f"override {override!r}: {here} is a list of {len(node)}; {key!r} is not an index of it."
                 )

@@ -8,19 +8,25 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 
-def explain(error: ValidationError, model: type[BaseModel], origin: str, origins: Mapping[str, str]) -> str:
+def explain(error: ValidationError, model: type[BaseModel], tree: Any, origin: str, origins: Mapping[str, str]) -> str:
     """One paragraph per mistake.
 
+    tree     what was validated
     origin   the file the tree came from
     origins  dotted path -> where that path was set instead (an override)
     """
     sentences: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
-        path, sentence = _sentence(item, _dotted(item["loc"]), model)
+        if item["type"] == "too_short" and item["input"]:
+            continue  # its items were wrong, and have their own sentences
+        path, sentence = _sentence(item, _dotted(item["loc"], tree), model)
         sentences.setdefault(path, []).append(sentence)
     lines = []
     for path, parts in sentences.items():
-        where = next((o for p, o in origins.items() if path == p or path.startswith(p + ".")), origin)
+        # `trainig.num_epochs=3` makes the section `trainig` that the sentence is about.
+        where = next(
+            (o for p, o in origins.items() if f"{path}.".startswith(f"{p}.") or p.startswith(f"{path}.")), origin
+        )
         # `learning_rate: atuo` fails both as a number and as the word 'auto': one line, two expectations.
         head, *alternatives = parts
         rest = [part.partition(": ")[2].replace("input should be ", "") for part in alternatives]
@@ -28,9 +34,16 @@ def explain(error: ValidationError, model: type[BaseModel], origin: str, origins
     return "\n".join(lines)
 
 
-def _dotted(loc: tuple[int | str, ...]) -> str:
-    # A union's alternatives ('float', "literal['auto']", 'constrained-str') stand in `loc` too; they are no keys.
-    return ".".join(str(part) for part in loc if isinstance(part, int) or (part.isidentifier() and part != "float"))
+def _dotted(loc: tuple[int | str, ...], tree: Any) -> str:
+    # A union's alternatives ('float', "literal['auto']") stand in `loc` after a scalar; inside a scalar are no keys.
+    parts = []
+    for part in loc:
+        if not isinstance(tree, dict | list):
+            break
+        parts.append(str(part))
+        known = part in tree if isinstance(tree, dict) else int(part) < len(tree)
+        tree = tree[part] if known else None  # type: ignore[index]
+    return ".".join(parts)
 
 
 def _sentence(item: Any, path: str, model: type[BaseModel]) -> tuple[str, str]:

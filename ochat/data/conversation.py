@@ -7,13 +7,17 @@ OpenChat   {"items": [{"role": "user", "content": "Hi", "weight": 0.0}, ...], "c
 Content is never changed here: it reaches the tokenizer as it was written.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from ochat.config import SourceConfig
 from ochat.errors import DataError
+
+# Weights and rewards are stored in float32: what is finite there.
+MAX_NUMBER = float(np.finfo(np.float32).max)
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -108,17 +112,32 @@ def _message(item: object, role_key: str, content_key: str, where: str) -> Messa
         raise DataError(f"{where} has role {name!r}. Known roles: {known}. Rename it in the file, or drop the row.")
     if not isinstance(content, str):
         raise DataError(f"{where}: `{content_key}` must be text, found {type(content).__name__}.")
+    _check_characters(content, content_key, where)
     weight = item.get("weight")
     if weight is None:
         return Message(role=role, content=content, weight=1.0 if role == "assistant" else 0.0)
-    return Message(role=role, content=content, weight=_number(weight, "weight", where, minimum=0.0))
+    number = _number(weight, "weight", where, minimum=0.0)
+    return Message(role=role, content=content, weight=0.0 if role == "system" else number)
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str | None:
     value = row.get(key)
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}: `{key}` must be text, found {type(value).__name__}.")
+    if value is not None:
+        _check_characters(value, key, where)
     return value
+
+
+def _check_characters(text: str, key: str, where: str) -> None:
+    """JSON can spell half of a character ("\\ud83d" alone), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        half = f"U+{ord(text[exc.start]):04X}"
+        raise DataError(
+            f"{where}: `{key}` has half a character ({half}) at {exc.start}. Delete it, or drop the row."
+        ) from exc
 
 
 def _reward(row: Mapping[str, Any], source: SourceConfig, where: str) -> float | None:
@@ -131,8 +150,8 @@ def _reward(row: Mapping[str, Any], source: SourceConfig, where: str) -> float |
     return _number(row[source.reward_field], source.reward_field, where)
 
 
-def _number(value: object, key: str, where: str, minimum: float = -math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < minimum:
-        bound = f" of at least {minimum:g}" if math.isfinite(minimum) else ""
-        raise DataError(f"{where}: `{key}` is {value!r}, expected a finite number{bound}.")
+def _number(value: object, key: str, where: str, minimum: float = -MAX_NUMBER) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value <= MAX_NUMBER:
+        bound = f" of at least {minimum:g}" if minimum == 0 else ""
+        raise DataError(f"{where}: `{key}` is {str(value)[:40]}, expected a finite number{bound} (in float32).")
     return float(value)

@@ -54,12 +54,13 @@ def build_items(
     for record in records:
         where = f"{source.path}:{record.number}"
         row = parse_line(record.row, where) if isinstance(record.row, bytes) else record.row
-        conversations.append(parse_conversation(row, source, where))
-    try:
-        tokenized = tokenizer.tokenize(conversations)
-    except TemplateError as exc:
-        raise DataError(f"{source.path}, lines {records[0].number} to {records[-1].number}: {exc}") from exc
-
+        conversation = parse_conversation(row, source, where)
+        try:
+            tokenizer.check_condition(conversation.condition)
+        except TemplateError as exc:
+            raise DataError(f"{where}: {exc}") from exc
+        conversations.append(conversation)
+    tokenized = tokenizer.tokenize(conversations)
     counts = Counts(read=len(records))
     kept, lines, rewards, conditions = [], [], [], []
     for record, conversation, item in zip(records, conversations, tokenized, strict=True):

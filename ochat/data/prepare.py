@@ -71,6 +71,12 @@ def prepare(config: Config) -> Manifest:
         files = {source.name: _describe_file(Path(source.path)) for source in config.data.sources}
         counts = {source.name: Counts() for source in config.data.sources}
         write_split(_tokenized_batches(config, ChatTokenizer(tokenizer, template), counts), folder / TRAIN_SPLIT)
+        if not any(count.kept for count in counts.values()):
+            num_read = sum(count.read for count in counts.values())
+            raise DataError(
+                f"nothing to train on: of {num_read} conversations read, none has a reply with a weight within "
+                f"model.max_length = {config.model.max_length} tokens. Check the roles and weights in the chat files."
+            )
         recipe = _recipe(config, template, tokenizer)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -90,6 +96,8 @@ def check_prepared(config: Config, template: Template, tokenizer: PreTrainedToke
     """
     prepared_dir = Path(config.data.prepared_dir)
     manifest = Manifest.read(prepared_dir)
+    if not any((prepared_dir / TRAIN_SPLIT).glob("data-*.arrow")):
+        raise DataError(f"{prepared_dir}: its {TRAIN_SPLIT} split is not there.")
     recipe = _recipe(config, template, tokenizer)
     if changed := _difference(manifest.recipe, recipe):
         raise DataError(f"{prepared_dir} is out of date: {changed}.")

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,15 @@ def read_records(path: Path, advance: Callable[[int], object] = lambda num_bytes
     with path.open("rb") as raw:
         counted: BinaryIO = _Counted(raw, advance)  # type: ignore[assignment]
         stream: Any = gzip.GzipFile(fileobj=counted) if path.suffix == ".gz" else counted
-        if path.name.removesuffix(".gz").endswith(".json"):
-            yield from _array_items(stream, path)
-            return
-        for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
-            if line.strip():
-                yield Record(number=number, row=line)
+        try:
+            if path.name.removesuffix(".gz").endswith(".json"):
+                yield from _array_items(stream, path)
+                return
+            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
+                if line.strip():
+                    yield Record(number=number, row=line)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as exc:
+            raise DataError(f"{path}: damaged or no gzip file ({exc}). Fetch or compress it again.") from exc
 
 
 def parse_line(line: bytes, where: str) -> Any:
@@ -57,6 +61,8 @@ def parse_line(line: bytes, where: str) -> Any:
         raise DataError(f"{where}: not valid JSON at column {exc.colno}: {exc.msg}. Fix or delete the line.") from exc
     except UnicodeDecodeError as exc:
         raise DataError(f"{where}: not valid UTF-8 at byte {exc.start}. Convert the file to UTF-8.") from exc
+    except (ValueError, RecursionError) as exc:  # a number of thousands of digits, thousands of brackets
+        raise DataError(f"{where}: not readable as JSON ({exc}). Fix or delete the line.") from exc
 
 
 def hash_file(path: Path) -> str:

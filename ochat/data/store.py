@@ -71,16 +71,18 @@ class Manifest:
         path = prepared_dir / MANIFEST_NAME
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as exc:
+        except (FileNotFoundError, NotADirectoryError) as exc:
             raise DataError(f"{prepared_dir}: no prepared dataset there ({MANIFEST_NAME} is missing).") from exc
         except ValueError as exc:
             raise DataError(f"{path}: not readable as JSON ({exc}).") from exc
-        if tree.get("format_version") != FORMAT_VERSION:
-            raise DataError(
-                f"{path}: prepared in format {tree.get('format_version')}, this ochat reads format {FORMAT_VERSION}."
-            )
-        files = {name: SourceFile(**file) for name, file in tree.pop("files").items()}
-        return cls(files=files, **tree)
+        version = tree.get("format_version") if isinstance(tree, dict) else None
+        if version != FORMAT_VERSION:
+            raise DataError(f"{path}: prepared in format {version}, this ochat reads format {FORMAT_VERSION}.")
+        try:
+            files = {name: SourceFile(**file) for name, file in tree.pop("files").items()}
+            return cls(files=files, **tree)
+        except (KeyError, TypeError, AttributeError) as exc:
+            raise DataError(f"{path}: damaged ({exc}). Remove {prepared_dir} and prepare again.") from exc
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -89,7 +91,7 @@ class Manifest:
 @contextmanager
 def replace_prepared(prepared_dir: Path) -> Iterator[Path]:
     """Give a new folder to fill; on success it takes the place of `prepared_dir`, on failure nothing has changed."""
-    if prepared_dir.exists() and not (prepared_dir / MANIFEST_NAME).is_file() and any(prepared_dir.iterdir()):
+    if prepared_dir.exists() and not _may_replace(prepared_dir):
         raise DataError(
             f"{prepared_dir}: exists and is not a prepared dataset; it will not be overwritten. "
             f"Choose another data.prepared_dir, or remove the folder."
@@ -108,6 +110,12 @@ def replace_prepared(prepared_dir: Path) -> Iterator[Path]:
         prepared_dir.rename(old)
     new.rename(prepared_dir)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _may_replace(folder: Path) -> bool:
+    """Whether a folder is empty, or holds nothing but what we write and is complete."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    return not names or (MANIFEST_NAME in names and names <= {MANIFEST_NAME, TRAIN_SPLIT})
 
 
 def write_split(batches: Iterator[pa.RecordBatch], folder: Path) -> None:
@@ -135,8 +143,8 @@ class PreparedSplit:
         self._input_ids = [_list_views(batch.column("input_ids")) for batch in batches]
         self._token_weights = [_list_views(batch.column("token_weights")) for batch in batches]
         offsets = (offsets for offsets, _ in self._input_ids)
-        self.lengths: NDArray[np.int32] = np.concatenate([np.diff(o) for o in offsets] or [np.zeros(0, np.int32)])
-        self._table = pa.Table.from_batches(batches, SCHEMA if not batches else None)
+        self.lengths: NDArray[np.int32] = np.concatenate([np.diff(o) for o in offsets])
+        self._table = pa.Table.from_batches(batches)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

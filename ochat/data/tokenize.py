@@ -34,8 +34,8 @@ def load_tokenizer(name_or_path: str, template: Template) -> PreTrainedTokenizer
     # 511 strings). PreTrainedTokenizerFast takes tokenizer.json as it is.
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path)
-    except (OSError, ValueError) as exc:
-        reason = str(exc).splitlines()[0]
+    except Exception as exc:  # the tokenizers library raises nothing narrower over a damaged file
+        reason = (str(exc).splitlines() or [type(exc).__name__])[0]
         raise TemplateError(
             f"{name_or_path}: no tokenizer to be read there ({reason}). It needs tokenizer.json."
         ) from exc
@@ -86,13 +86,13 @@ class ChatTokenizer:
         """Encode whole conversations for training. TemplateError if a condition spells a control token."""
         rendered = []
         for conversation in conversations:
-            self._check_condition(conversation.condition)
+            self.check_condition(conversation.condition)
             rendered.append(tuple(render(self.template, conversation)))
         return self._join(rendered)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """Encode a prompt to be continued: default condition filled in, last end-of-turn left open."""
-        self._check_condition(conversation.condition)
+        self.check_condition(conversation.condition)
         segments = tuple(render_prompt(self.template, conversation))
         return self._join([segments])[0].input_ids.tolist()
 
@@ -119,7 +119,7 @@ class ChatTokenizer:
             self._markup_ids[text] = self._markup.encode(text, add_special_tokens=False).ids
         return self._markup_ids[text]
 
-    def _check_condition(self, condition: str) -> None:
+    def check_condition(self, condition: str) -> None:
         """Refuse a condition that adds a control id to any prefix: a class is a word, never a turn."""
         if condition in self._safe_conditions:
             return
