@@ -19,10 +19,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
     find_spec = importlib.util.find_spec
 
     def install(*packages: str) -> None:
-        known = {"flash_attn", "torch.nn.attention.varlen"}
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda n: n in packages or None if n in known else find_spec(n)
-        )
+        def find(name: str):
+            optional = name in ("flash_attn", "torch.nn.attention.varlen")
+            return (name in packages or None) if optional else find_spec(name)
+
+        monkeypatch.setattr(importlib.util, "find_spec", find)
 
     return install
 

@@ -117,7 +117,9 @@ def _message(item: object, role_key: str, content_key: str, where: str) -> Messa
     if weight is None:
         return Message(role=role, content=content, weight=1.0 if role == "assistant" else 0.0)
     number = _number(weight, "weight", where, minimum=0.0)
-    return Message(role=role, content=content, weight=0.0 if role == "system" else number)
+    if role == "system" and number > 0:
+        raise DataError(f"{where}: a system message has weight {number:g}; it is never trained. Set it to 0.")
+    return Message(role=role, content=content, weight=number)
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str | None:

@@ -83,9 +83,13 @@ def test_an_empty_system_text_is_no_message(system: object) -> None:
     assert parse({**OPENAI, "system": system}).messages == EXPECTED
 
 
-def test_a_system_message_is_never_trained() -> None:
-    row = {"messages": [{"role": "system", "content": "Be brief.", "weight": 1.0}, *OPENAI["messages"]]}
-    assert [m.weight for m in parse(row).messages] == [0.0, 0.0, 1.0]
+def test_a_system_message_is_never_trained_and_a_weight_that_asks_for_it_is_refused() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    assert [m.weight for m in parse({"messages": [system, *OPENAI["messages"]]}).messages] == [0.0, 0.0, 1.0]
+    with pytest.raises(
+        DataError, match=r"chats.jsonl:7: message 1: a system message has weight 1; it is never trained"
+    ):
+        parse({"messages": [{**system, "weight": 1.0}, *OPENAI["messages"]]})
 
 
 @pytest.mark.parametrize("content", ["", " ", "\n\nx ", "<|end_of_turn|>", "a\u0000b", "\ufeff", "é\u0301"])

@@ -6,7 +6,6 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
-import make_golden_mini  # the script beside this file: pytest puts its folder on the path
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +16,7 @@ from ochat.data.items import reply_starts, truncate
 from ochat.data.template import get_template, render
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer
 from ochat.errors import DataError, TemplateError
+from tests.data import make_golden_mini
 
 HERE = Path(__file__).parent
 FIXTURES = HERE.parent / "fixtures" / "tokenizers"
