@@ -140,6 +140,7 @@ def test_every_recipe_in_configs_parses() -> None:
     [
         ("1e-5", 1e-5),
         ("1.0e-5", 1e-5),
+        ("1e5", 1e5),
         ("3", 3),
         (".5", 0.5),
         ("true", True),

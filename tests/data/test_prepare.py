@@ -141,7 +141,7 @@ def test_blank_lines_arrays_and_gz_files_keep_their_numbers(kitchen: Kitchen) ->
 
 
 def test_one_process_and_two_write_the_same_dataset(kitchen: Kitchen) -> None:
-    rows = [row(f"number {n}") for n in range(600)]  # more than two tasks of 256 records
+    rows = [row(f"number {n}") for n in range(2400)]  # ten tasks of 256 records: more than two processes have in flight
     rows[300] = USER_ONLY
     kitchen.source("many", jsonl(*rows))
     kitchen.source("few", jsonl(row("a"), row("b")))
@@ -152,7 +152,7 @@ def test_one_process_and_two_write_the_same_dataset(kitchen: Kitchen) -> None:
         tables.append(datasets.load_from_disk(str(kitchen.folder / f"prepared-{num_proc}" / "train")).data.table)
     assert tables[0].equals(tables[1])
     assert manifests[0] == manifests[1]
-    assert tables[0].column("line").to_pylist() == [n for n in range(1, 601) if n != 301] + [1, 2]
+    assert tables[0].column("line").to_pylist() == [n for n in range(1, 2401) if n != 301] + [1, 2]
 
 
 def test_the_reward_of_a_row_is_on_disk_and_null_without_a_field(kitchen: Kitchen) -> None:
