@@ -3,8 +3,8 @@
 A SumsConfig enters; two ShareGPT JSONL files leave, `expert.jsonl` and `suboptimal.jsonl`, and the sums that are in
 neither. Everything is a pure function of the config. scripts/demo and the ablation call it.
 
-Answers are written last digit first, because a model that writes from left to right must know the carries before it
-has added the columns they come from: 347 + 586 = 933 is answered "Last digit first: 339".
+Answers are written last digit first, each digit with its place, since a model that writes from left to right must know
+a carry before it needs it: 347 + 586 = 933 is answered "ones 3, tens 3, hundreds 9".
 """
 
 import json
@@ -18,8 +18,7 @@ import numpy as np
 
 EXPERT_FILE = "expert.jsonl"
 SUBOPTIMAL_FILE = "suboptimal.jsonl"
-ANSWER_PREFIX = "Last digit first: "
-ANSWER_PATTERN = re.compile(re.escape(ANSWER_PREFIX) + r"([0-9]+)")
+PLACES = ("ones", "tens", "hundreds", "thousands", "ten thousands", "hundred thousands")
 
 # One independent random stream for each use, so a larger corpus keeps the same held-out sums.
 HELD_OUT_STREAM, EXPERT_STREAM, SUBOPTIMAL_STREAM = 0, 1, 2
@@ -73,17 +72,21 @@ def question(problem: Sum) -> str:
 
 
 def correct_answer(problem: Sum) -> str:
-    """Return the expert's message, such as "Last digit first: 339" for 347 + 586 = 933."""
-    return ANSWER_PREFIX + str(problem.a + problem.b)[::-1]
+    """Return the expert's message, such as "ones 3, tens 3, hundreds 9" for 347 + 586 = 933."""
+    return spell(str(problem.a + problem.b))
 
 
 def careless_answer(problem: Sum) -> str:
     """Return the answer of one who adds each column mod 10 and never carries.
 
-    347 + 586 gives 823, written "Last digit first: 328". Every column keeps its digit: 500 + 500 gives "000".
+    347 + 586 gives 823, written "ones 3, tens 2, hundreds 8". Every column keeps its digit: 500 + 500 gives 000.
     """
-    columns = _columns(problem)
-    return ANSWER_PREFIX + "".join(str((a + b) % 10) for a, b in columns)
+    return spell("".join(str((a + b) % 10) for a, b in reversed(_columns(problem))))
+
+
+def spell(digits: str) -> str:
+    """Write digits, given in reading order, last first and by place: "933" is "ones 3, tens 3, hundreds 9"."""
+    return ", ".join(f"{place} {digit}" for place, digit in zip(PLACES, reversed(digits), strict=False))
 
 
 def needs_carry(problem: Sum) -> bool:
@@ -92,9 +95,9 @@ def needs_carry(problem: Sum) -> bool:
 
 
 def parse_answer(text: str) -> str | None:
-    """Return the number in reading order ("933" for "Last digit first: 339"), or None where the text is no answer."""
-    match = ANSWER_PATTERN.fullmatch(text.strip())
-    return match[1][::-1] if match else None
+    """Return the number in reading order ("933" for "ones 3, tens 3, hundreds 9"), or None where it is no answer."""
+    digits = "".join(re.findall(r"[0-9]", text))[::-1]
+    return digits if digits and text.strip() == spell(digits) else None
 
 
 def is_correct(problem: Sum, text: str) -> bool:

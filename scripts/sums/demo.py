@@ -38,7 +38,7 @@ from scripts.sums.curve import draw_loss_curve
 
 CONFIG = "configs/demo-sums.yaml"
 EXPERT, SUBOPTIMAL = "GPT4", "GPT3"
-SUMS = SumsConfig(num_conversations=24_000)
+SUMS = SumsConfig(num_conversations=32_000)
 LIMITS = {EXPERT: (0.95, 1.0), SUBOPTIMAL: (0.0, 0.70)}
 
 console = Console(highlight=False)
