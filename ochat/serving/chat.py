@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from ochat.backend import local_device
 from ochat.checkpoint import CheckpointCard
@@ -75,6 +76,7 @@ def load_chat(checkpoint: str | Path) -> Chat:
         raise CheckpointError(f"{folder}: no such folder. Give a run folder or its export, such as runs/NAME/export.")
     if (folder / "export").is_dir():
         folder = folder / "export"
+    disable_progress_bar()  # transformers draws one for every load
     card = CheckpointCard.read(folder)
     tokenizer = load_tokenizer(str(folder), card.inference_template())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(local_device()).eval()

@@ -164,7 +164,7 @@ def _show_table(num_sums: int, accuracies: dict[str, Accuracy]) -> None:
 
 
 def _say_next(config: Config, curve: Path, seconds: float) -> None:
-    console.print(f"\nloss curve: {curve}   metrics: {config.run_dir / 'metrics.jsonl'}   {seconds:.0f} s in all")
+    console.print(f"\nloss curve  {curve}\nmetrics     {config.run_dir / 'metrics.jsonl'}\ntook        {seconds:.0f} s")
     console.print("\nnext, with .venv/bin on your PATH (`source .venv/bin/activate`):")
     console.print(f"  ochat chat {config.run_dir} --message 'What is 258 + 367?' --condition {EXPERT}", soft_wrap=True)
     console.print(f"  ochat chat {config.run_dir} --condition {SUBOPTIMAL}")
