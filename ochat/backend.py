@@ -43,7 +43,7 @@ def select_backend(engine: EngineConfig) -> Backend:
         )
     device = local_device(local_rank)
     cuda = device.type == "cuda"
-    dtype, dtype_reason = _select_dtype(engine, cuda)
+    dtype, dtype_reason = _select_dtype(engine, device)
     attention, attention_reason = _select_attention(cuda, dtype)
     return Backend(
         device=device,
@@ -59,6 +59,12 @@ def select_backend(engine: EngineConfig) -> Backend:
     )
 
 
+def set_group_of_one() -> None:
+    """Without a launcher, say so in its words; DeepSpeed would look for MPI."""
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
 def _threads_per_process(world_size: int) -> int:
     """This process's share of the cores. Two processes with a thread per core each run several times slower than one:
     every parallel region waits for a thread that has no core."""
@@ -66,7 +72,7 @@ def _threads_per_process(world_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // on_this_node)
 
 
-def _select_dtype(engine: EngineConfig, cuda: bool) -> tuple[torch.dtype, str]:
+def _select_dtype(engine: EngineConfig, device: torch.device) -> tuple[torch.dtype, str]:
     if engine.type == "torch":
         if engine.dtype == "bf16":
             raise BackendError(
@@ -75,8 +81,10 @@ def _select_dtype(engine: EngineConfig, cuda: bool) -> tuple[torch.dtype, str]:
         return torch.float32, "fp32: the torch engine is the exact reference"
     if engine.dtype == "fp32":
         return torch.float32, "fp32: engine.dtype asks for it"
-    if engine.dtype == "auto" and not cuda:
+    if engine.dtype == "auto" and device.type == "cpu":
         return torch.float32, "fp32: small models on a CPU, nothing to save"
+    if engine.dtype == "auto" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float32, "fp32: this GPU has no bf16 (it came with Ampere)"
     if engine.zero_stage == 0:
         raise BackendError(
             "engine.zero_stage: 0 with bf16 is refused, because DeepSpeed then leaves Adam's step count one ahead. "

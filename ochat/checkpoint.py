@@ -21,7 +21,9 @@ from ochat.data.store import Manifest
 from ochat.data.template import Template, get_template, to_jinja
 from ochat.data.tokenize import ChatTokenizer, adds_dummy_prefix
 from ochat.errors import CheckpointError
+from ochat.folders import replace_folder
 
+EXPORT_NAME = "export"  # of a run folder
 CARD_NAME = "ochat.json"
 CARD_VERSION = 1
 
@@ -69,9 +71,8 @@ def make_card(config: Config, manifest: Manifest, *, best_source: int, step: int
         total.update(counts["conditions"])
     template = get_template(config.model.template)
     default = template.default_condition
-    if default not in total:
-        # Prompting a class the model has never seen would be a guess: take the expert's own.
-        in_best = manifest.counts[config.data.sources[best_source].name]["conditions"]
+    in_best = manifest.counts[config.data.sources[best_source].name]["conditions"]
+    if default not in in_best:  # not what the expert was trained as
         default = max(in_best, key=lambda condition: in_best[condition], default="")
     return CheckpointCard(
         format_version=CARD_VERSION,
@@ -94,8 +95,7 @@ def export_model(
     tokenizer: PreTrainedTokenizerFast,
     card: CheckpointCard,
 ) -> None:
-    """Write the folder. `model` gives the architecture, `state_dict` the weights."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the folder, or replace it whole. `model` gives the architecture, `state_dict` the weights."""
     template = card.inference_template()
     end_of_turn = ChatTokenizer(tokenizer, template).end_of_turn_ids[-1]
     tokenizer.chat_template = to_jinja(template, dummy_prefix=adds_dummy_prefix(tokenizer))
@@ -106,6 +106,7 @@ def export_model(
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=end_of_turn, pad_token_id=end_of_turn
     )
-    model.save_pretrained(folder, state_dict=dict(state_dict))
-    tokenizer.save_pretrained(folder)
-    (folder / CARD_NAME).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with replace_folder(folder) as new:
+        model.save_pretrained(new, state_dict=dict(state_dict))
+        tokenizer.save_pretrained(new)
+        (new / CARD_NAME).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

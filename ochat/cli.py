@@ -41,12 +41,10 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train in this process, preparing the data first if need be. For several processes use the deepspeed launcher."""
     from ochat.config import load_config
-    from ochat.data.prepare import prepare
-    from ochat.training.train import run_process
+    from ochat.training.train import train_here
 
     loaded = load_config(config, overrides or ())
-    prepare(loaded)
-    run_process(loaded, shlex.join(["ochat", "prepare", config, *(overrides or ())]))
+    train_here(loaded, shlex.join(["ochat", "prepare", config, *(overrides or ())]))
     print(f"\nnext: ochat chat {loaded.run_dir}")
 
 
@@ -71,6 +69,6 @@ def main() -> None:
     setup_logging()
     try:
         app()
-    except OchatError as exc:
+    except (OchatError, OSError) as exc:
         sys.stderr.write(f"error: {exc}\n")
         sys.exit(2)

@@ -20,6 +20,7 @@ CONFIG_NAME = "config.json"
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -52,7 +53,7 @@ class RunConfig(Section):
     """The run's folder is `output_dir/name`."""
     output_dir: str = "runs"
     """Where run folders go."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seeds the packing order, random initialisation and everything else that is drawn."""
 
 
@@ -118,7 +119,7 @@ class BatchConfig(Section):
 class OptimizerConfig(Section):
     learning_rate: Positive | Literal["auto"] = "auto"
     """Peak learning rate; `auto` derives it from the model family and the supervised tokens per step."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     eps: Positive = 1e-5
     """AdamW's epsilon."""
@@ -143,7 +144,7 @@ class TrainingConfig(Section):
     max_steps: Count | None = None
     """Stop after this many optimizer steps; the schedule is fitted to it."""
     log_every_steps: Count = 1
-    """Steps between lines on the console and in W&B; metrics.jsonl always holds every step."""
+    """Steps between points in W&B; metrics.jsonl holds every step."""
 
 
 class CheckpointConfig(Section):
@@ -305,6 +306,17 @@ def _override(tree: dict[str, Any], override: str) -> str:
         else:
             node[slot] = node = {}
     return ".".join(keys)
+
+
+def first_difference(then: Any, now: Any, path: str = "") -> str:
+    """The first place where two trees of plain values differ, in words; empty when they agree."""
+    if isinstance(then, dict) and isinstance(now, dict) and then.keys() == now.keys():
+        changes = (first_difference(then[key], now[key], f"{path}.{key}".lstrip(".")) for key in then)
+        return next((change for change in changes if change), "")
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        changes = (first_difference(a, b, f"{path}.{i}") for i, (a, b) in enumerate(zip(then, now, strict=True)))
+        return next((change for change in changes if change), "")
+    return "" if then == now else f"{path} was {then!r}, is {now!r}"
 
 
 def dump_config(config: Config) -> str:

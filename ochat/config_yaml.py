@@ -64,6 +64,8 @@ def parse_yaml(text: str, origin: str) -> Any:
     except yaml.MarkedYAMLError as exc:
         mark = f" line {exc.problem_mark.line + 1}, column {exc.problem_mark.column + 1}" if exc.problem_mark else ""
         raise ConfigError(f"{origin}:{mark} is not valid YAML: {exc.problem or exc.context}.") from exc
+    except RecursionError as exc:
+        raise ConfigError(f"{origin}: is not valid YAML: too many brackets inside each other.") from exc
     except yaml.YAMLError as exc:
         raise ConfigError(f"{origin}: is not valid YAML: {' '.join(str(exc).split())}.") from exc
 

@@ -77,8 +77,18 @@ def _load_hf_config(model: ModelConfig) -> Any:
             near = difflib.get_close_matches(key, vars(hf_config), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"model.config_overrides: {hf_config.model_type} has no field {key!r}.{hint}")
-        setattr(hf_config, key, value)
+        try:
+            setattr(hf_config, key, value)
+        except Exception as exc:  # transformers' own validation errors share no public base
+            raise ConfigError(f"model.config_overrides: {key} cannot be {value!r}: {_first_line(exc)}") from exc
     return hf_config
+
+
+def _construct(hf_config: Any, attention: str) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention, dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError) as exc:
+        raise ConfigError(f"model.config_overrides: no model can be made of this shape: {_first_line(exc)}") from exc
 
 
 def resize_vocabulary(model: PreTrainedModel, num_tokens: int) -> None:
@@ -90,7 +100,7 @@ def resize_vocabulary(model: PreTrainedModel, num_tokens: int) -> None:
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight[old:] = layer.weight[:old].float().mean(dim=0).to(layer.weight.dtype)
-    log.info("vocabulary: %d -> %d tokens, as the tokenizer; new rows start as the mean of the old", old, num_tokens)
+    log.info("vocabulary: %d -> %d tokens, as the tokenizer has; a new row is the mean of the old", old, num_tokens)
 
 
 def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -135,7 +145,7 @@ def document_sdpa(
 ) -> tuple[Tensor, None]:
     """Causal attention within each document: one `scaled_dot_product_attention` call per distinct document length.
 
-    query [1, H, T, A], key and value [1, K, T, A] -> [1, T, H, A]. No T x T mask is ever built.
+    query [1, H, T, A], key and value [1, K, T, A] -> [1, T, H, A]. No mask spans more than one document.
     """
     assert attention_mask is None, "a registered attention without a registered mask gets none"
     lengths = cu_seq_lens_q.diff()
@@ -203,4 +213,4 @@ def varlen(
 
 
 def _first_line(exc: Exception) -> str:
-    return str(exc).strip().splitlines()[0]
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]

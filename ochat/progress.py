@@ -58,11 +58,13 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(title: str, *, total: int, unit: Literal["bytes", "steps"], done: int = 0) -> Iterator[Bar]:
-    """Show progress towards `total` while the block runs."""
+def progress_bar(
+    title: str, *, total: int, unit: Literal["bytes", "steps"], done: int = 0, shown: bool = True
+) -> Iterator[Bar]:
+    """Show progress towards `total` while the block runs; `shown` is False on all ranks but one."""
     amount: ProgressColumn = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = (TextColumn(title), BarColumn(), amount, TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    progress = Progress(*columns, console=console, disable=not (shown and console.is_terminal))
     task = progress.add_task(title, total=total, completed=done, note="")
     with progress:
         now = time.monotonic()

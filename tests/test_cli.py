@@ -122,3 +122,31 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path: Path):
     assert "4/4" in done
     assert "tokens/s" in done
     assert "loss" in done
+
+
+def test_launched_ranks_draw_one_bar_between_them(launched):
+    folder, _, _ = launched
+    shown = run_in_terminal(
+        "deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "--module", "ochat.training.train",
+        "--config", folder / "experiment.yaml", "training.max_steps=4", "run.name=bar", "tracking.wandb=null",
+    )  # fmt: skip
+
+    assert "4/4" in shown
+    assert "0/4" not in shown[shown.index("1/4") :]
+
+
+def test_train_refuses_a_launcher_and_names_the_right_command(tmp_path: Path):
+    done = run("ochat", "train", write_experiment(tmp_path), env={"WORLD_SIZE": "2", "RANK": "0"})
+
+    assert done.returncode == 2
+    assert "Under a launcher use: deepspeed --module ochat.training.train" in done.stderr
+
+
+def test_a_file_where_a_folder_should_be_is_one_paragraph(tmp_path: Path):
+    path = write_experiment(tmp_path)
+    (tmp_path / "file").write_text("")
+    done = run("ochat", "prepare", path, f"data.prepared_dir={tmp_path}/file/prepared")
+
+    assert done.returncode == 2
+    assert f"{tmp_path}/file" in done.stderr
+    assert "Traceback" not in done.stderr

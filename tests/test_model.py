@@ -12,7 +12,7 @@ from ochat.backend import select_backend
 from ochat.config import EngineConfig, ModelConfig
 from ochat.data.batch import Document, collate
 from ochat.errors import ConfigError
-from ochat.model import hidden_states, lm_head_weight, load_model, resize_vocabulary
+from ochat.model import hidden_states, lm_head_weight, load_model, resize_vocabulary, varlen
 
 SHAPE = {
     "vocab_size": 64,
@@ -43,12 +43,12 @@ def architecture(request, tmp_path):
     return tmp_path
 
 
-def load(folder, *, checkpointing=False):
+def load(folder, *, checkpointing=False, engine=None):
     model = ModelConfig(
         name_or_path=str(folder), template="openchat-3.5", max_length=16, init="random",
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
-    backend = select_backend(EngineConfig(type="torch"))
+    backend = select_backend(engine or EngineConfig(type="torch"))
     return load_model(model, FakeTokenizer(), backend, seed=0).train()
 
 
@@ -156,14 +156,62 @@ def test_random_weights_follow_the_seed(tmp_path):
 def test_a_new_token_starts_as_the_mean_of_the_old(tmp_path):
     ARCHITECTURES["llama"].save_pretrained(tmp_path)
     model = load(tmp_path)
-    mean = model.get_input_embeddings().weight.detach().mean(dim=0)
+    means = [e.weight.detach().mean(dim=0) for e in (model.get_input_embeddings(), model.get_output_embeddings())]
 
     resize_vocabulary(model, 66)
 
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+    for layer, mean in zip((model.get_input_embeddings(), model.get_output_embeddings()), means, strict=True):
         assert layer.weight.shape[0] == 66
-    assert torch.allclose(model.get_input_embeddings().weight[64:], mean.expand(2, -1), atol=1e-7)
+        assert torch.allclose(layer.weight[64:], mean.expand(2, -1), atol=1e-7)
     assert model.config.vocab_size == 66
+
+
+def test_checkpointing_is_on_when_asked_for(tmp_path):
+    ARCHITECTURES["llama"].save_pretrained(tmp_path)
+
+    assert load(tmp_path, checkpointing=True).is_gradient_checkpointing
+    assert not load(tmp_path).is_gradient_checkpointing
+
+
+def test_bf16_leaves_the_rotary_frequencies_in_float32(tmp_path):
+    """In bf16 a position of 2,048 would be off by a third of a radian, and the exported model would not be."""
+    ARCHITECTURES["llama"].save_pretrained(tmp_path)
+    model = load(tmp_path, engine=EngineConfig(zero_stage=1, dtype="bf16"))
+
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in model.buffers() if b.is_floating_point()} == {torch.float32}
+
+
+def test_the_varlen_kernel_is_called_with_the_documents_the_window_and_all_heads(monkeypatch):
+    """The real kernel needs a GPU; what it is asked for does not."""
+    calls = []
+
+    def fake_kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        calls.append((q.shape, k.shape, cu_q.tolist(), cu_k.tolist(), max_q, max_k, scale, window_size, enable_gqa))
+        return q * 2
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_kernel)
+    query, key = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8)
+    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+    for window in (None, 5):
+        output, _ = varlen(
+            None, query, key, key, None, cu_seq_lens_q=cu_seqlens, max_length_q=4, scaling=0.5, sliding_window=window
+        )
+        assert torch.equal(output, query.transpose(1, 2) * 2)
+
+    shared = ((7, 4, 8), (7, 2, 8), [0, 3, 7], [0, 3, 7], 4, 4, 0.5)
+    assert calls == [(*shared, (-1, 0), True), (*shared, (4, 0), True)]
+
+
+@pytest.mark.parametrize("overrides", [{"num_attention_heads": 5}, {"num_hidden_layers": "two"}])
+def test_an_impossible_shape_is_a_config_error(tmp_path, overrides):
+    ARCHITECTURES["mistral"].save_pretrained(tmp_path)
+    model = ModelConfig(
+        name_or_path=str(tmp_path), template="openchat-3.5", max_length=16, init="random", config_overrides=overrides
+    )
+
+    with pytest.raises(ConfigError, match=r"^model.config_overrides: "):
+        load_model(model, FakeTokenizer(), select_backend(EngineConfig(type="torch")), seed=0)
 
 
 def test_another_family_is_refused_with_the_list_of_those_that_work(tmp_path):

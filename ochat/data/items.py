@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from ochat.config import SourceConfig
 from ochat.data.conversation import parse_conversation
 from ochat.data.records import Record, parse_line
+from ochat.data.replies import reply_starts
 from ochat.data.store import SCHEMA
 from ochat.data.tokenize import ChatTokenizer, TokenizedConversation
 from ochat.errors import DataError, TemplateError
@@ -95,12 +95,6 @@ def truncate(item: TokenizedConversation, max_length: int) -> TokenizedConversat
         return None
     end = int(supervised[-1]) + 2
     return TokenizedConversation(input_ids=item.input_ids[:end], token_weights=item.token_weights[:end])
-
-
-def reply_starts(token_weights: NDArray[np.float32]) -> NDArray[np.intp]:
-    """Where each reply (run of non-zero weights) begins; a role prefix, weight 0, stands between any two."""
-    supervised = token_weights != 0
-    return np.flatnonzero(np.diff(supervised, prepend=False) & supervised)
 
 
 def _record_batch(

@@ -6,7 +6,7 @@ rows and their loss are the same for every number of ranks that divides `rows_pe
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from ochat.config import Config
 from ochat.data.batch import Document, PackedBatch, collate
 from ochat.data.packing import PackingPlan, plan
+from ochat.data.replies import per_message_weights
 from ochat.data.store import PreparedSplit
 from ochat.data.weights import item_weights
-from ochat.errors import ConfigError
+from ochat.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,9 @@ class Loader:
         per_message = config.loss.weighting == "message"
         item_sums = split.column("reply_weight_sum" if per_message else "weight_sum")
         self._weight_sums: NDArray[np.float64] = self._weights * item_sums
-        self.plan = lru_cache(maxsize=2)(self._plan)
+        if not self._weight_sums.sum() > 0:
+            raise DataError("nothing to train on: the weight of every conversation is 0. Raise a source's weight.")
+        self.plan = cache(self._plan)
 
     def _plan(self, epoch: int) -> PackingPlan:
         return plan(
@@ -75,7 +78,8 @@ class Loader:
             if self._config.loss.normalization == "epoch":
                 denominator = mean_row_weight * plan.rows_per_step
             else:
-                denominator = float(self._weight_sums[items].sum())
+                # A step may hold nothing but a source of weight 0; then the sum above the line is 0 too.
+                denominator = float(self._weight_sums[items].sum()) or 1.0
             num_tokens = int(self._split.lengths[items].sum())
             yield TrainStep(
                 index=index,
@@ -109,13 +113,3 @@ class Loader:
             token_weights=token_weights * np.float32(self._weights[item]),
             source_id=int(self._source_id[item]),
         )
-
-
-def per_message_weights(token_weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Divide each reply's token weights [n] by its length, so that a reply counts its weight once."""
-    supervised = token_weights != 0
-    reply = np.cumsum(np.diff(supervised, prepend=False) & supervised) - 1
-    lengths = np.bincount(reply[supervised])
-    result = token_weights.copy()
-    result[supervised] /= lengths[reply[supervised]]
-    return result

@@ -20,20 +20,22 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
-from ochat.config import Config, SourceConfig
+from ochat.config import Config, SourceConfig, first_difference
 from ochat.data.items import Counts, build_items
 from ochat.data.records import Record, check_chat_file, hash_file, read_records
 from ochat.data.store import (
     FORMAT_VERSION,
     TRAIN_SPLIT,
     Manifest,
+    PreparedSplit,
     SourceFile,
-    replace_prepared,
+    check_replaceable,
     write_split,
 )
 from ochat.data.template import Template, get_template
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer, tokenizer_hash
 from ochat.errors import DataError
+from ochat.folders import locked, replace_folder
 from ochat.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -57,35 +59,42 @@ def prepare(config: Config) -> Manifest:
     """
     template = get_template(config.model.template)
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template)
-    for source in config.data.sources:
-        check_chat_file(Path(source.path))
     prepared_dir = Path(config.data.prepared_dir)
-    try:
-        manifest = check_prepared(config, template, tokenizer)
-    except DataError as reason:
-        log.info("preparing %s (%s)", prepared_dir, reason)
-    else:
-        log.info("prepared dataset %s is up to date (%s)", prepared_dir, manifest.fingerprint[:12])
-        return manifest
-    with replace_prepared(prepared_dir) as folder:
-        files = {source.name: _describe_file(Path(source.path)) for source in config.data.sources}
-        counts = {source.name: Counts() for source in config.data.sources}
-        write_split(_tokenized_batches(config, ChatTokenizer(tokenizer, template), counts), folder / TRAIN_SPLIT)
-        if not any(count.kept for count in counts.values()):
-            num_read = sum(count.read for count in counts.values())
-            raise DataError(
-                f"nothing to train on: of {num_read} conversations read, none has a reply with a weight within "
-                f"model.max_length = {config.model.max_length} tokens. Check the roles and weights in the chat files."
-            )
-        recipe = _recipe(config, template, tokenizer)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            fingerprint=_fingerprint(recipe, files),
-            recipe=recipe,
-            files=files,
-            counts={name: asdict(count) for name, count in counts.items()},
+    with locked(prepared_dir):
+        try:
+            manifest = check_prepared(config, template, tokenizer)
+        except DataError as reason:
+            log.info("preparing %s (%s)", prepared_dir, reason)
+        else:
+            log.info("prepared dataset %s is up to date (%s)", prepared_dir, manifest.fingerprint[:12])
+            return manifest
+        for source in config.data.sources:
+            check_chat_file(Path(source.path))
+        check_replaceable(prepared_dir)
+        with replace_folder(prepared_dir) as folder:
+            manifest = _prepare_into(folder, config, template, tokenizer)
+    return manifest
+
+
+def _prepare_into(folder: Path, config: Config, template: Template, tokenizer: PreTrainedTokenizerFast) -> Manifest:
+    files = {source.name: _describe_file(Path(source.path)) for source in config.data.sources}
+    counts = {source.name: Counts() for source in config.data.sources}
+    write_split(_tokenized_batches(config, ChatTokenizer(tokenizer, template), counts), folder / TRAIN_SPLIT)
+    if not any(count.kept for count in counts.values()):
+        num_read = sum(count.read for count in counts.values())
+        raise DataError(
+            f"nothing to train on: of {num_read} conversations read, none has a reply with a weight within "
+            f"model.max_length = {config.model.max_length} tokens. Check the roles and weights in the chat files."
         )
-        manifest.write(folder)
+    recipe = _recipe(config, template, tokenizer)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        fingerprint=_fingerprint(recipe, files),
+        recipe=recipe,
+        files=files,
+        counts={name: asdict(count) for name, count in counts.items()},
+    )
+    manifest.write(folder)
     return manifest
 
 
@@ -96,10 +105,11 @@ def check_prepared(config: Config, template: Template, tokenizer: PreTrainedToke
     """
     prepared_dir = Path(config.data.prepared_dir)
     manifest = Manifest.read(prepared_dir)
-    if not any((prepared_dir / TRAIN_SPLIT).glob("data-*.arrow")):
-        raise DataError(f"{prepared_dir}: its {TRAIN_SPLIT} split is not there.")
+    num_kept = sum(count["kept"] for count in manifest.counts.values())
+    if (num_rows := len(PreparedSplit(prepared_dir / TRAIN_SPLIT))) != num_kept:
+        raise DataError(f"{prepared_dir} is damaged: {num_rows} rows, where the manifest counts {num_kept}.")
     recipe = _recipe(config, template, tokenizer)
-    if changed := _difference(manifest.recipe, recipe):
+    if changed := first_difference(manifest.recipe, recipe):
         raise DataError(f"{prepared_dir} is out of date: {changed}.")
     for source in config.data.sources:
         path, then = Path(source.path), manifest.files[source.name]
@@ -130,14 +140,6 @@ def _recipe(config: Config, template: Template, tokenizer: PreTrainedTokenizerFa
 def _fingerprint(recipe: dict[str, Any], files: dict[str, SourceFile]) -> str:
     identity = [FORMAT_VERSION, recipe, {name: file.sha256 for name, file in files.items()}]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _difference(then: Any, now: Any, path: str = "") -> str:
-    """The first place where two recipes differ, in words; empty when they agree."""
-    if isinstance(then, dict) and isinstance(now, dict) and then.keys() == now.keys():
-        changes = (_difference(then[key], now[key], f"{path}.{key}".lstrip(".")) for key in then)
-        return next((change for change in changes if change), "")
-    return "" if then == now else f"{path} was {then!r}, is {now!r}"
 
 
 def _describe_file(path: Path) -> SourceFile:

@@ -3,14 +3,12 @@
     PREPARED/train/         Arrow files; `datasets.load_from_disk(PREPARED/train)` opens them
     PREPARED/manifest.json  written last: what made the dataset, and what is in it
 
-A folder with a manifest is complete: it is written under another name and moved into place in one step.
+A folder with a manifest is complete: it is filled under another name, then moved into place.
 N items (conversations), n tokens of one item.
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -88,28 +86,13 @@ class Manifest:
         (folder / MANIFEST_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def replace_prepared(prepared_dir: Path) -> Iterator[Path]:
-    """Give a new folder to fill; on success it takes the place of `prepared_dir`, on failure nothing has changed."""
+def check_replaceable(prepared_dir: Path) -> None:
+    """Raise DataError when `prepared_dir` holds anything but a prepared dataset: it will be replaced whole."""
     if prepared_dir.exists() and not _may_replace(prepared_dir):
         raise DataError(
             f"{prepared_dir}: exists and is not a prepared dataset; it will not be overwritten. "
             f"Choose another data.prepared_dir, or remove the folder."
         )
-    new = prepared_dir.with_name(f".{prepared_dir.name}.new")
-    old = prepared_dir.with_name(f".{prepared_dir.name}.old")
-    for left_over in (new, old):
-        shutil.rmtree(left_over, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if prepared_dir.exists():
-        prepared_dir.rename(old)
-    new.rename(prepared_dir)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _may_replace(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.logging import disable_progress_bar
 
 from ochat.backend import local_device
-from ochat.checkpoint import CheckpointCard
+from ochat.checkpoint import EXPORT_NAME, CheckpointCard
 from ochat.data.conversation import Conversation, Message
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer
 from ochat.errors import CheckpointError, OchatError
@@ -36,7 +36,7 @@ class Chat:
 
     def reply(self, messages: Sequence[Message], *, condition: str = "", sampling: Sampling | None = None) -> str:
         """The assistant's answer; an empty condition is the model's default one."""
-        conversation = Conversation(messages=tuple(messages), condition=condition)
+        conversation = Conversation(messages=tuple(messages), condition=condition.strip())
         return self.reply_batch([conversation], sampling=sampling)[0]
 
     def reply_batch(self, conversations: Sequence[Conversation], *, sampling: Sampling | None = None) -> list[str]:
@@ -74,8 +74,8 @@ def load_chat(checkpoint: str | Path) -> Chat:
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Give a run folder or its export, such as runs/NAME/export.")
-    if (folder / "export").is_dir():
-        folder = folder / "export"
+    if (folder / EXPORT_NAME).is_dir():
+        folder = folder / EXPORT_NAME
     disable_progress_bar()  # transformers draws one for every load
     card = CheckpointCard.read(folder)
     tokenizer = load_tokenizer(str(folder), card.inference_template())

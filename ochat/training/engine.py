@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ochat.backend import Backend
-from ochat.config import Config, EngineConfig
+from ochat.backend import Backend, set_group_of_one
+from ochat.config import Config
 from ochat.data.loader import TrainStep
 from ochat.errors import OchatError
 from ochat.training.loss import LossSums, WeightedLoss
@@ -157,13 +157,14 @@ def deepspeed_config(config: Config, backend: Backend, accumulation: int) -> dic
     }
 
 
-def start_process(engine: EngineConfig, backend: Backend) -> None:
-    """Give this process its device and its share of the cores, and join the ranks."""
+def start_process(config: Config, backend: Backend) -> None:
+    """Give this process its device, its share of the cores and its random numbers, and join the ranks."""
     if backend.num_threads is not None:
         torch.set_num_threads(backend.num_threads)
     if backend.device.type == "cuda":
         torch.cuda.set_device(backend.device)
-    if engine.type == "deepspeed":
+    torch.manual_seed(config.run.seed + backend.rank)  # dropout, where a base has any
+    if config.engine.type == "deepspeed":
         _join_ranks(backend)
 
 
@@ -174,6 +175,7 @@ def _join_ranks(backend: Backend) -> None:
     # On a CPU DeepSpeed compiles a shared-memory op on first use (minutes, and a compiler); gloo does without. There is
     # no public switch for it: this dictionary is where it looks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    set_group_of_one()
     deepspeed.init_distributed(dist_backend=backend.distributed, verbose=False)
 
 

@@ -1,6 +1,6 @@
 """What a run reports: the list of metrics, how a step's are computed, and where they go.
 
-All are sums over every rank's rows, never rank 0's view. The x axis is train/global_step.
+All but the memory are sums over every rank's rows, never rank 0's view. The x axis is train/global_step.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 from ochat.config import CONFIG_NAME, Config, slug
 from ochat.data.loader import TrainStep
+from ochat.errors import ConfigError
 from ochat.training.engine import StepResult
 
 log = logging.getLogger(__name__)
@@ -48,39 +49,37 @@ METRICS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """seconds of a whole step, and of waiting for its data."""
+class StepContext:
+    """What a step's metrics need besides its sums.
 
+    global_step, epoch, num_tokens   so far, this step included; epoch is fractional
+    step_s, data_wait_s              seconds of the whole step, and of waiting for its data
+    """
+
+    global_step: int
+    epoch: float
+    num_tokens: int
+    learning_rate: float
     step_s: float
     data_wait_s: float
+    world_size: int
 
 
-def step_metrics(
-    config: Config,
-    result: StepResult,
-    step: TrainStep,
-    timing: Timing,
-    *,
-    global_step: int,
-    epoch_steps: int,
-    num_tokens: int,
-    lr: float,
-    world_size: int,
-) -> dict[str, float]:
-    """The metrics of one optimizer step. num_tokens: so far; epoch_steps: in this epoch."""
+def step_metrics(config: Config, result: StepResult, step: TrainStep, context: StepContext) -> dict[str, float]:
+    """The metrics of one optimizer step."""
     sums = result.sums
-    tokens_per_second = step.num_tokens / timing.step_s
+    tokens_per_second = step.num_tokens / context.step_s
     metrics: dict[str, float] = {
-        STEP: global_step,
+        STEP: context.global_step,
         "train/objective": sums.loss / step.loss_denominator,
-        "train/learning_rate": lr,
+        "train/learning_rate": context.learning_rate,
         "train/grad_norm": result.grad_norm,
-        "train/epoch": step.epoch + (step.index + 1) / epoch_steps,
-        "train/num_tokens": num_tokens,
+        "train/epoch": context.epoch,
+        "train/num_tokens": context.num_tokens,
         "perf/tokens_per_second": tokens_per_second,
-        "perf/tokens_per_second_per_gpu": tokens_per_second / world_size,
+        "perf/tokens_per_second_per_gpu": tokens_per_second / context.world_size,
         "perf/packing_efficiency": step.fill,
-        "perf/data_wait_fraction": timing.data_wait_s / timing.step_s,
+        "perf/data_wait_fraction": context.data_wait_s / context.step_s,
     }
     if sums.weight > 0:
         metrics["train/loss"] = sums.loss / sums.weight
@@ -130,13 +129,19 @@ def _start_wandb(config: Config) -> Any:
 
     settings = config.tracking.wandb
     assert settings is not None
-    run = wandb.init(
-        project=settings.project,
-        entity=settings.entity,
-        mode=settings.mode,
-        name=config.run.name,
-        dir=config.run_dir,
-        config=json.loads((config.run_dir / CONFIG_NAME).read_text(encoding="utf-8")),
-    )
+    try:
+        run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            mode=settings.mode,
+            name=config.run.name,
+            dir=config.run_dir,
+            config=json.loads((config.run_dir / CONFIG_NAME).read_text(encoding="utf-8")),
+        )
+    except wandb.Error as exc:
+        raise ConfigError(
+            f"tracking.wandb: W&B cannot be used ({exc}). "
+            f"Log in with `wandb login`, or set tracking.wandb.mode=offline or tracking.wandb=null."
+        ) from exc
     run.define_metric("*", step_metric=STEP)
     return run

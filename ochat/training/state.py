@@ -7,14 +7,17 @@ A checkpoint is filled under a hidden name and renamed when every rank is done.
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch.distributed as dist
-
+from ochat.config import Config, first_difference
 from ochat.errors import CheckpointError
 from ochat.training.engine import TrainEngine
+from ochat.training.ranks import barrier
 
+CHECKPOINTS_NAME = "checkpoints"
 STATE_NAME = "trainer.json"
 
 
@@ -22,19 +25,33 @@ STATE_NAME = "trainer.json"
 class TrainerState:
     """Where a run stands after a step.
 
-    step           optimizer steps done
-    epoch          the epoch of the next step, from 0; epoch_step is its index in it
-    num_tokens     non-padding tokens so far
-    plan_digest    of that epoch's packing plan: another plan would feed other data
+    step         optimizer steps done
+    epoch        the epoch of the next step, from 0; epoch_step is its index in it
+    num_tokens   non-padding tokens so far
+    plan_digest  of that epoch's packing plan; empty behind the last epoch
+    recipe       everything of the configuration that a continued run must not change
     """
 
     step: int
     epoch: int
     epoch_step: int
     num_tokens: int
-    world_size: int
     plan_digest: str
-    dataset_fingerprint: str
+    recipe: Mapping[str, Any]
+
+
+def training_recipe(config: Config, *, dataset_fingerprint: str, world_size: int, dtype: str) -> dict[str, Any]:
+    """What decides the numbers of a run, apart from how long it goes on and what is kept and logged."""
+    tree = config.model_dump(mode="json")
+    sections = ("model", "loss", "batch", "optimizer", "scheduler", "engine")
+    return {
+        "number of processes": world_size,
+        "dtype": dtype,
+        "dataset": dataset_fingerprint,
+        "run.seed": config.run.seed,
+        "data.sources": tree["data"]["sources"],
+        **{section: tree[section] for section in sections},
+    }
 
 
 def save_checkpoint(folder: Path, engine: TrainEngine, state: TrainerState, *, rank: int, keep_last: int) -> Path:
@@ -45,15 +62,15 @@ def save_checkpoint(folder: Path, engine: TrainEngine, state: TrainerState, *, r
         for left_over in (partial, final):
             shutil.rmtree(left_over, ignore_errors=True)
         partial.mkdir(parents=True)
-    _barrier()
+    barrier()
     engine.save(partial)
-    _barrier()
+    barrier()
     if rank == 0:
         (partial / STATE_NAME).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
         partial.rename(final)
         for old in list_checkpoints(folder)[:-keep_last]:
             shutil.rmtree(old)
-    _barrier()
+    barrier()
     return final
 
 
@@ -62,22 +79,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{STATE_NAME}"))
 
 
-def read_state(checkpoint: Path, *, world_size: int, dataset_fingerprint: str) -> TrainerState:
-    """The state of a checkpoint, refused when it cannot be continued exactly from here."""
-    state = TrainerState(**json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8")))
-    if state.world_size != world_size:
+def read_state(checkpoint: Path, recipe: Mapping[str, Any]) -> TrainerState:
+    """The state of a checkpoint, refused when this run's recipe is not the one it was made with."""
+    path = checkpoint / STATE_NAME
+    try:
+        state = TrainerState(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as exc:
         raise CheckpointError(
-            f"{checkpoint}: saved by {state.world_size} processes, this run has {world_size}. "
-            f"Continue on {state.world_size}, or start another run.name."
-        )
-    if state.dataset_fingerprint != dataset_fingerprint:
-        raise CheckpointError(
-            f"{checkpoint}: trained on dataset {state.dataset_fingerprint[:12]}, data.prepared_dir now holds "
-            f"{dataset_fingerprint[:12]}. Prepare the old data again, or start another run.name."
-        )
+            f"{checkpoint}: rank 0 sees this checkpoint and this process does not. "
+            f"All nodes need the same run.output_dir, on a shared file system."
+        ) from exc
+    except (ValueError, TypeError) as exc:
+        raise CheckpointError(f"{path}: damaged ({exc}). Remove {checkpoint} to continue from the one before.") from exc
+    if changed := first_difference(state.recipe, dict(recipe)):
+        raise CheckpointError(f"{checkpoint}: {changed}. Set it back to continue, or start another run.name.")
     return state
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

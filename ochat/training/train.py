@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Sequence
 
 from ochat.config import Config, load_config
-from ochat.errors import OchatError
+from ochat.data.prepare import prepare
+from ochat.errors import BackendError, OchatError
 from ochat.log import setup_logging
 
 
@@ -25,21 +26,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, help="inserted by the launcher; LOCAL_RANK counts")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration values")
     parsed = parser.parse_intermixed_args(arguments)
-    rank = int(os.environ.get("RANK", "0"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     setup_logging(rank)
     try:
         config = load_config(parsed.config, parsed.overrides)
         run_process(config, shlex.join(["ochat", "prepare", parsed.config, *parsed.overrides]))
-    except OchatError as exc:
-        # Every rank meets the same mistake; one paragraph is enough.
-        if rank == 0:
-            sys.stderr.write(f"error: {exc}\n")
+    except (OchatError, OSError) as exc:
+        # All ranks of a node meet the same mistake, or have told each other: once is enough.
+        if local_rank == 0:
+            sys.stderr.write(f"error: {exc}\n" if rank == 0 else f"[rank {rank}] error: {exc}\n")
         return 2
     return 0
 
 
+def train_here(config: Config, prepare_command: str) -> None:
+    """Prepare if need be, then train, all in this process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BackendError(
+            "`ochat train` is for one process. Under a launcher use: "
+            "deepspeed --module ochat.training.train --config CONFIG [key.path=value ...]"
+        )
+    prepare(config)
+    run_process(config, prepare_command)
+
+
 def run_process(config: Config, prepare_command: str) -> None:
-    """Train as one rank of the launcher's group, or as a group of one."""
+    """Train as one rank of the launcher's group, or as a group of one, without the libraries' chatter."""
     import torch.distributed as dist
     from transformers.utils.logging import disable_progress_bar
 
@@ -49,13 +61,10 @@ def run_process(config: Config, prepare_command: str) -> None:
     disable_progress_bar()  # of transformers: several ranks would draw over ours
     # DeepSpeed calls torch functions by their old names; its users cannot help it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    if "WORLD_SIZE" not in os.environ:  # or DeepSpeed looks for MPI
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    try:
-        train(config, prepare_command=prepare_command)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    train(config, prepare_command=prepare_command)
+    # Not after an error: with NCCL it would wait for ranks that are still at work.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from ochat.data.loader import Loader, per_message_weights
+from ochat.data.loader import Loader
 from ochat.data.prepare import prepare
+from ochat.data.replies import per_message_weights
 from ochat.data.store import PreparedSplit
 from ochat.errors import ConfigError
 from tests.experiment import make_experiment

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import re
+from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
@@ -228,7 +230,7 @@ def test_what_is_not_in_the_tokens_does_not_make_it_again(done: Kitchen, overrid
         ("model.max_length=32", "max_length was 64, is 32"),
         ("model.template=openchat-3.2", "template.name was 'openchat-3.5', is 'openchat-3.2'"),
         ("data.sources.0.format=openai", "sources.good.format was 'auto', is 'openai'"),
-        ("data.sources.0.name=best", "source_order was ['good', 'bad'], is ['best', 'bad']"),
+        ("data.sources.0.name=best", "source_order.0 was 'good', is 'best'"),
     ],
 )
 def test_what_is_in_the_tokens_makes_it_again_and_is_named(done: Kitchen, override: str, named: str) -> None:
@@ -318,8 +320,33 @@ def test_a_file_in_place_of_the_folder_is_refused(kitchen: Kitchen) -> None:
 def test_a_missing_chat_file_is_named_before_anything_is_done(done: Kitchen) -> None:
     before = done.files()
     with pytest.raises(DataError, match=r"^none\.jsonl: no such file\."):
-        prepare(done.config("data.sources.1.path=none.jsonl"))
+        prepare(done.config("data.sources.1.path=none.jsonl", "model.max_length=9"))
     assert done.files() == before
+
+
+def test_a_prepared_dataset_does_not_need_the_chat_files_any_more(done: Kitchen) -> None:
+    before = done.files()
+    prepare(done.config("data.sources.1.path=none.jsonl"))
+    assert done.files() == before
+
+
+def test_rows_that_went_missing_are_noticed(done: Kitchen) -> None:
+    manifest = json.loads((done.prepared / "manifest.json").read_text())
+    manifest["counts"]["good"]["kept"] += 1
+    (done.prepared / "manifest.json").write_text(json.dumps(manifest))
+    assert re.search(r"is damaged: \d+ rows, where the manifest counts \d+", out_of_date(done.config()))
+
+
+def test_two_processes_that_prepare_at_once_make_one_whole_dataset(kitchen: Kitchen) -> None:
+    config = kitchen.config()
+    both = [get_context("fork").Process(target=prepare, args=(config,)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    kept = sum(count["kept"] for count in Manifest.read(kitchen.prepared).counts.values())
+    assert len(PreparedSplit(kitchen.prepared / "train")) == kept
 
 
 def test_a_condition_that_spells_a_control_token_is_refused(done: Kitchen) -> None:

@@ -1,6 +1,5 @@
 """The prepared dataset on disk: written, replaced in one step, and read without copying."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -15,7 +14,7 @@ from ochat.data.store import (
     Manifest,
     PreparedSplit,
     SourceFile,
-    replace_prepared,
+    check_replaceable,
     write_split,
 )
 from ochat.errors import DataError
@@ -49,12 +48,6 @@ def manifest() -> Manifest:
         files={"a": file},
         counts={"a": {"read": 1}},
     )
-
-
-def fill(folder: Path, text: str) -> None:
-    (folder / "train").mkdir()
-    (folder / "train" / "data").write_text(text)
-    manifest().write(folder)
 
 
 # --- the split
@@ -143,56 +136,11 @@ def test_a_file_where_the_folder_should_be_is_a_data_error(tmp_path: Path) -> No
         Manifest.read(tmp_path / "prepared")
 
 
-# --- replacing
+# --- what may be replaced
 
 
 def contents(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture
-def old(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "here" / "prepared"
-    with replace_prepared(folder) as new:
-        fill(new, "old")
-    yield folder
-    assert [p.name for p in folder.parent.iterdir()] == ["prepared"]  # nothing is left over beside it
-
-
-def test_a_new_dataset_takes_the_place_of_the_old_one_at_the_end(old: Path) -> None:
-    with replace_prepared(old) as new:
-        fill(new, "new")
-        assert contents(old)["train/data"] == "old"
-    assert contents(old)["train/data"] == "new"
-
-
-@pytest.mark.parametrize("error", [DataError("line 3"), KeyboardInterrupt()])
-def test_an_error_leaves_the_old_dataset_as_it_was(old: Path, error: BaseException) -> None:
-    def fill_half() -> None:
-        with replace_prepared(old) as new:
-            fill(new, "half")
-            raise error
-
-    before = contents(old)
-    with pytest.raises(type(error)):
-        fill_half()
-    assert contents(old) == before
-
-
-def test_what_a_killed_process_left_is_cleared_away(old: Path) -> None:
-    for name in (".prepared.new", ".prepared.old"):
-        (old.parent / name).mkdir()
-        (old.parent / name / "rest").write_text("half")
-    with replace_prepared(old) as new:
-        fill(new, "new")
-    assert set(contents(old)) == {"train/data", MANIFEST_NAME}
-
-
-def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
-    (tmp_path / "prepared").mkdir()
-    with replace_prepared(tmp_path / "prepared") as new:
-        fill(new, "new")
-    assert contents(tmp_path / "prepared")["train/data"] == "new"
 
 
 # The second folder has a manifest, as a web page or a browser extension has one, but not ours.
@@ -200,16 +148,13 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
 def test_a_folder_of_someone_else_is_refused_and_kept(tmp_path: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with (
-        pytest.raises(DataError, match="is not a prepared dataset; it will not be overwritten"),
-        replace_prepared(tmp_path),
-    ):
-        pass
+    with pytest.raises(DataError, match="is not a prepared dataset; it will not be overwritten"):
+        check_replaceable(tmp_path)
     assert contents(tmp_path) == files
 
 
 def test_a_file_in_the_way_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "prepared").write_text("mine")
-    with pytest.raises(DataError), replace_prepared(tmp_path / "prepared"):
-        pass
+    with pytest.raises(DataError, match="is not a prepared dataset"):
+        check_replaceable(tmp_path / "prepared")
     assert (tmp_path / "prepared").read_text() == "mine"

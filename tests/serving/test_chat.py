@@ -20,8 +20,11 @@ SHORT = Sampling(max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = make_experiment(tmp_path_factory.mktemp("chat"), "engine.type=torch", "training.num_epochs=4",
-                             "optimizer.learning_rate=1e-2")  # fmt: skip
+    """A model with large random weights: it babbles, differently after every prompt, so that equal answers mean much."""
+    config = make_experiment(
+        tmp_path_factory.mktemp("chat"), "engine.type=torch", "training.max_steps=1", "optimizer.learning_rate=1e-9",
+        "model.config_overrides={initializer_range: 0.5}",
+    )  # fmt: skip
     prepare(config)
     return train(config)
 
@@ -29,6 +32,17 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chat(export: Path) -> Chat:
     return load_chat(export)
+
+
+QUESTIONS = ("the cat", "12 red birds fly over the old walls", "a")
+
+
+def test_answers_are_words_that_depend_on_question_and_condition(chat: Chat):
+    """What makes the equalities below worth something."""
+    answers = {(q, c): chat.reply([user(q)], condition=c, sampling=SHORT) for q in QUESTIONS for c in ("GPT4", "GPT3")}
+
+    assert all(len(answer) > 3 for answer in answers.values())
+    assert len(set(answers.values())) == 6
 
 
 def user(text: str) -> Message:
@@ -69,22 +83,45 @@ def test_the_export_is_as_gguf_and_servers_need_it(export: Path):
 
     assert model.config.vocab_size == len(tokenizer)
     assert tokenizer.eos_token == "<|end_of_turn|>"
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id
     assert (export / "chat_template.jinja").is_file()
 
 
 def test_answers_in_a_batch_are_those_given_alone(chat: Chat):
-    questions = ["the cat", "12 red birds fly over the old walls", "a"]
-    conversations = [Conversation(messages=(user(q),), condition="GPT4") for q in questions]
+    conversations = [Conversation(messages=(user(q),), condition="GPT4") for q in QUESTIONS]
 
     together = chat.reply_batch(conversations, sampling=SHORT)
 
-    assert together == [chat.reply([user(q)], condition="GPT4", sampling=SHORT) for q in questions]
+    assert together == [chat.reply([user(q)], condition="GPT4", sampling=SHORT) for q in QUESTIONS]
 
 
 def test_no_condition_is_the_models_default_one(chat: Chat):
     assert chat.reply([user("the cat")], sampling=SHORT) == chat.reply(
         [user("the cat")], condition="GPT4", sampling=SHORT
+    )
+
+
+def test_sampling_follows_its_seed_and_temperature(chat: Chat):
+    def drawn(seed: int, temperature: float = 1.0) -> str:
+        sampling = Sampling(max_new_tokens=8, temperature=temperature, seed=seed)
+        return chat.reply([user("the cat")], sampling=sampling)
+
+    assert drawn(1) == drawn(1)
+    assert len({drawn(seed) for seed in range(5)}) > 1
+    assert {drawn(seed, temperature=0.0) for seed in range(5)} == {chat.reply([user("the cat")], sampling=SHORT)}
+
+
+def test_an_answer_ends_where_the_context_does(chat: Chat):
+    question = "cat " * 90  # leaves less room than the 512 tokens that are allowed by default
+    prompt = chat._chat_tokenizer.prompt_ids(Conversation(messages=(user(question),), condition="GPT4"))
+    answer = chat.reply([user(question)])
+
+    assert 0 < len(chat._tokenizer.encode(answer, add_special_tokens=False)) <= 128 - len(prompt) + 1
+
+
+def test_a_condition_is_stripped_as_in_training(chat: Chat):
+    assert chat.reply([user("a")], condition=" GPT3 ", sampling=SHORT) == chat.reply(
+        [user("a")], condition="GPT3", sampling=SHORT
     )
 
 

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, MistralConfig
 
-from ochat.training.loss import weighted_linear_cross_entropy
+from ochat.backend import select_backend
+from ochat.config import EngineConfig, ModelConfig
+from ochat.data.batch import Document, collate
+from ochat.model import load_model
+from ochat.training.loss import LossSums, WeightedLoss, weighted_linear_cross_entropy
 
 
 @pytest.fixture
@@ -137,3 +142,41 @@ def test_the_originals_numbers_come_out_in_float32(shared: Path):
 
     assert torch.allclose(per_token, torch.tensor(golden["fp32"]["per_token_ce"])[supervised], rtol=1e-5)
     assert float(loss) == pytest.approx(golden["fp32"]["weighted_cross_entropy"], rel=1e-5)
+
+
+def test_sums_of_a_row_are_those_counted_by_hand(tmp_path: Path):
+    """Through a real model: loss, weight, right predictions and shares of each source, from the plain logits."""
+    MistralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    model_config = ModelConfig(name_or_path=str(tmp_path), template="openchat-3.5", max_length=8, init="random")
+    model = load_model(model_config, range(16), select_backend(EngineConfig(type="torch")), seed=0)
+    documents = [
+        Document(input_ids=np.array(ids, np.int32), token_weights=np.array(weights, np.float32), source_id=source)
+        for ids, weights, source in [
+            ([1, 2, 3, 4], [0, 0, 1.0, 1.0], 0),
+            ([1, 5, 6], [0, 0.1, 0.1], 2),
+            ([1, 7], [0, 0.5], 0),
+        ]
+    ]
+
+    _, vector = WeightedLoss(model, num_sources=3)(collate(documents))
+    sums = LossSums.from_vector(vector.detach())
+
+    loss, right, by_source = 0.0, 0, [0.0, 0.0, 0.0]
+    for document in documents:
+        ids = torch.from_numpy(document.input_ids).long()
+        log_probs = AutoModelForCausalLM.from_config(model.config)
+        log_probs.load_state_dict(model.state_dict())
+        logits = log_probs(ids[None], use_cache=False).logits[0].detach()
+        for position, weight in enumerate(document.token_weights.tolist()):
+            if weight:
+                ce = float(F.cross_entropy(logits[position - 1], ids[position]))
+                loss += weight * ce
+                by_source[document.source_id] += weight * ce
+                right += int(logits[position - 1].argmax() == ids[position])
+    assert sums.loss == pytest.approx(loss, rel=1e-5)
+    assert sums.source_loss == pytest.approx(by_source, rel=1e-5)
+    assert sums.source_weight == pytest.approx([2.5, 0, 0.2])
+    assert (sums.weight, sums.num_supervised, sums.correct) == (pytest.approx(2.7), 5, right)

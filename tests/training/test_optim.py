@@ -69,6 +69,13 @@ def test_an_unknown_family_must_give_a_number():
         auto_learning_rate("gpt2", 50_000, 1e5)
 
 
+def test_adam_gets_the_configured_numbers():
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(betas=(0.8, 0.9), eps=1e-3), fused=False)
+
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
+    assert optimizer.defaults["eps"] == 1e-3
+
+
 def test_matrices_decay_and_vectors_do_not():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.1), fused=False)

@@ -9,10 +9,11 @@ import pytest
 from ochat.checkpoint import CheckpointCard
 from ochat.config import Config, load_config
 from ochat.data.prepare import prepare
-from ochat.errors import CheckpointError, DataError, OchatError
+from ochat.errors import CheckpointError, ConfigError, DataError, OchatError
 from ochat.training.metrics import METRICS
 from ochat.training.trainer import train
 from tests.experiment import make_experiment, write_experiment
+from tests.launch import run
 
 TORCH = "engine.type=torch"
 
@@ -113,11 +114,35 @@ def test_a_used_run_folder_is_refused_when_resuming_is_off(finished: Config):
         train(again)
 
 
-def test_another_seed_in_a_used_run_folder_is_refused(finished: Config):
-    other = load_config(write_experiment(finished.run_dir.parents[1]), [TORCH, "training.num_epochs=7", "run.seed=1"])
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("run.seed=1", "run.seed was 0, is 1"),
+        ("optimizer.weight_decay=0.5", "optimizer.weight_decay was 0.1, is 0.5"),
+        ("data.sources.1.weight=0.2", "data.sources.1.weight was 0.1, is 0.2"),
+        ("loss.normalization=step", "loss.normalization was 'epoch', is 'step'"),
+        ("batch.global_batch_tokens=2048", "batch.global_batch_tokens was 1024, is 2048"),
+        ("training.max_steps=1", r"has done \d+ steps, the configuration asks for 1 in all"),
+    ],
+)
+def test_a_run_is_not_continued_as_another_one(finished: Config, override: str, named: str):
+    before = (finished.run_dir / "metrics.jsonl").read_text()
+    path = write_experiment(finished.run_dir.parents[1])
+    other = load_config(path, [TORCH, "training.num_epochs=6", "optimizer.learning_rate=1e-2", override])
 
-    with pytest.raises(CheckpointError, match="its packing plan is not this configuration's"):
+    with pytest.raises(CheckpointError, match=named):
         train(other)
+    assert (finished.run_dir / "metrics.jsonl").read_text() == before
+
+
+def test_a_finished_run_may_go_on_for_longer(tmp_path: Path):
+    config = prepared(tmp_path, "training.num_epochs=1")
+    train(config)
+    steps = len(lines(config))
+
+    train(make_experiment(tmp_path, TORCH, "training.num_epochs=2", "training.log_every_steps=5"))
+
+    assert [line["train/global_step"] for line in lines(config)] == list(range(1, 2 * steps + 1))
 
 
 def test_metrics_after_the_checkpoint_are_cut_back(tmp_path: Path):
@@ -161,6 +186,48 @@ def test_a_loss_that_is_not_a_number_stops_before_the_update(tmp_path: Path):
 
     with pytest.raises(OchatError, match="the loss of this step is nan"):
         train(config)
+
+
+def test_weights_that_are_all_zero_are_refused(tmp_path: Path):
+    config = prepared(tmp_path, "data.sources.0.weight=0", "data.sources.1.weight=0")
+
+    with pytest.raises(DataError, match="nothing to train on: the weight of every conversation is 0"):
+        train(config)
+
+
+def test_a_step_of_weight_zero_moves_nothing_under_either_normalization(tmp_path: Path):
+    """With only the expert weighted, some rows of the crowd make steps without any weight."""
+    for normalization in ("step", "epoch"):
+        config = prepared(
+            tmp_path, "data.sources.1.weight=0", "batch.global_batch_tokens=256", f"run.name={normalization}",
+            f"loss.normalization={normalization}", "training.num_epochs=1",
+        )  # fmt: skip
+        train(config)
+        idle = [line for line in lines(config) if "train/loss" not in line]
+        assert idle
+        assert all(line["train/objective"] == 0 and line["train/grad_norm"] == 0 for line in idle)
+
+
+def test_wandb_without_a_login_is_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    config = prepared(tmp_path, "tracking.wandb={mode: online}")
+
+    with pytest.raises(
+        ConfigError, match=r"tracking.wandb: .*Log in with `wandb login`, or set tracking.wandb.mode=off"
+    ):
+        train(config)
+
+
+def test_the_public_functions_train_in_a_plain_process(tmp_path: Path):
+    path = write_experiment(tmp_path)
+    code = f"import ochat; c = ochat.load_config({str(path)!r}, ['training.max_steps=1']); "
+    code += "ochat.prepare(c); print(ochat.load_chat(ochat.train(c)).card.step)"
+
+    done = run("python", "-c", code)
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == "1"
 
 
 def test_the_story_of_a_run_is_short(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -1,0 +1,58 @@
+"""What ranks tell each other. In a single process without a group, everything here is a plain call."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ochat.errors import OchatError
+
+T = TypeVar("T")
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def of_rank_0(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    first: T = box[0]
+    return first
+
+
+def all_or_none(work: Callable[[], T]) -> T:
+    """Do the same work on every rank; where it fails with an OchatError on any, it fails on all, naming the ranks.
+
+    Without this a rank that cannot start leaves the others waiting for it in their next collective call.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except OchatError as exc:
+        error = exc
+    if dist.is_initialized():
+        errors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        error = _joined(errors)
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def _joined(errors: list[OchatError | None]) -> OchatError | None:
+    """One error for all ranks: rank 0's kind of sentence where all agree, else each text with its ranks."""
+    by_text: dict[str, list[int]] = {}
+    for rank, error in enumerate(errors):
+        if error is not None:
+            by_text.setdefault(str(error), []).append(rank)
+    first = next((error for error in errors if error is not None), None)
+    if first is None or list(by_text.values()) == [list(range(len(errors)))]:
+        return first
+    texts = (f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in by_text.items())
+    return type(first)("\n".join(texts))

@@ -1,0 +1,83 @@
+"""A checkpoint is whole or not there, and is only continued as what it was."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ochat.errors import CheckpointError
+from ochat.training.state import TrainerState, list_checkpoints, read_state, save_checkpoint
+
+RECIPE = {"number of processes": 2, "dataset": "abc", "optimizer": {"eps": 1e-5}}
+
+
+class FakeEngine:
+    """Writes one file; fails after it when told to, and looks at what a reader would see meanwhile."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.fails = fails
+        self.seen: list[list[Path]] = []
+
+    def save(self, folder: Path) -> None:
+        (folder / "weights").write_text("half")
+        self.seen.append(list_checkpoints(folder.parent))
+        if self.fails:
+            raise OSError("disk full")
+
+
+def state(step: int = 3) -> TrainerState:
+    return TrainerState(step=step, epoch=1, epoch_step=0, num_tokens=9, plan_digest="d", recipe=RECIPE)
+
+
+def save(folder: Path, engine: FakeEngine, step: int = 3) -> Path:
+    return save_checkpoint(folder, engine, state(step), rank=0, keep_last=2)  # type: ignore[arg-type]
+
+
+def test_what_was_saved_is_read_back(tmp_path: Path):
+    assert read_state(save(tmp_path, FakeEngine()), RECIPE) == state()
+
+
+def test_a_checkpoint_cannot_be_seen_before_it_is_whole(tmp_path: Path):
+    engine = FakeEngine()
+    saved = save(tmp_path, engine)
+
+    assert engine.seen == [[]]
+    assert list_checkpoints(tmp_path) == [saved]
+
+
+def test_a_save_that_fails_half_way_leaves_the_one_before(tmp_path: Path):
+    before = save(tmp_path, FakeEngine(), step=2)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, FakeEngine(fails=True), step=3)
+
+    assert list_checkpoints(tmp_path) == [before]
+    assert list_checkpoints(tmp_path) != [save(tmp_path, FakeEngine(), step=3)]  # and the next one succeeds
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"number of processes": 1}, "number of processes was 2, is 1"),
+        ({"dataset": "xyz"}, "dataset was 'abc', is 'xyz'"),
+        ({"optimizer": {"eps": 1e-8}}, "optimizer.eps was 1e-05, is 1e-08"),
+    ],
+)
+def test_another_recipe_is_refused_and_named(tmp_path: Path, changed: dict, named: str):
+    checkpoint = save(tmp_path, FakeEngine())
+
+    with pytest.raises(CheckpointError, match=f"{named}. Set it back to continue, or start another run.name"):
+        read_state(checkpoint, {**RECIPE, **changed})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", json.dumps({"step": 3})])
+def test_a_damaged_state_is_named(tmp_path: Path, text: str):
+    checkpoint = save(tmp_path, FakeEngine())
+    (checkpoint / "trainer.json").write_text(text)
+
+    with pytest.raises(CheckpointError, match=r"trainer.json: damaged"):
+        read_state(checkpoint, RECIPE)
+
+
+def test_a_checkpoint_that_only_rank_0_sees_points_to_the_file_system(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"All nodes need the same run.output_dir, on a shared file system"):
+        read_state(tmp_path / "step-00000003", RECIPE)
