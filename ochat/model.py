@@ -42,9 +42,10 @@ def load_model(
         hf_config.vocab_size = len(tokenizer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            loaded = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention, dtype=torch.float32).to(
-                backend.dtype
-            )
+            loaded = _construct(hf_config, attention)
+        # Parameters only: rotary frequencies are buffers and stay float32, as they do in a loaded model.
+        for parameter in loaded.parameters():
+            parameter.data = parameter.data.to(backend.dtype)
     else:
         try:
             loaded = AutoModelForCausalLM.from_pretrained(

@@ -16,6 +16,7 @@ ZERO_2, FP32 = EngineConfig(zero_stage=2), EngineConfig(dtype="fp32")
 def gpu(monkeypatch: pytest.MonkeyPatch):
     """A machine with a GPU; gpu("flash_attn") is one where flash-attn is installed too."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     find_spec = importlib.util.find_spec
 
     def install(*packages: str) -> None:
@@ -60,6 +61,16 @@ def test_a_gpu_gets_bf16_and_the_best_kernel_that_is_installed(gpu, packages, at
 
     assert (backend.device.type, backend.dtype, backend.attention) == ("cuda", torch.bfloat16, attention)
     assert backend.distributed == "nccl"
+
+
+def test_a_gpu_without_bf16_computes_in_fp32(gpu, monkeypatch):
+    gpu()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+
+    backend = select_backend(ZERO_2)
+
+    assert (backend.dtype, backend.attention) == (torch.float32, "document_sdpa")
+    assert "this GPU has no bf16" in backend.reason
 
 
 def test_fp32_on_a_gpu_avoids_the_16_bit_kernels(gpu):

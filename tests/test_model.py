@@ -203,7 +203,7 @@ def test_the_varlen_kernel_is_called_with_the_documents_the_window_and_all_heads
     assert calls == [(*shared, (-1, 0), True), (*shared, (4, 0), True)]
 
 
-@pytest.mark.parametrize("overrides", [{"num_attention_heads": 5}, {"num_hidden_layers": "two"}])
+@pytest.mark.parametrize("overrides", [{"hidden_size": -8}, {"num_hidden_layers": "two"}])
 def test_an_impossible_shape_is_a_config_error(tmp_path, overrides):
     ARCHITECTURES["mistral"].save_pretrained(tmp_path)
     model = ModelConfig(

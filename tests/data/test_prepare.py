@@ -338,6 +338,7 @@ def test_rows_that_went_missing_are_noticed(done: Kitchen) -> None:
 
 
 def test_two_processes_that_prepare_at_once_make_one_whole_dataset(kitchen: Kitchen) -> None:
+    kitchen.source("good", jsonl(*(row(f"answer {n}") for n in range(3000))))
     config = kitchen.config()
     both = [get_context("fork").Process(target=prepare, args=(config,)) for _ in range(2)]
     for process in both:

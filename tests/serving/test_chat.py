@@ -20,7 +20,7 @@ SHORT = Sampling(max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with large random weights: it babbles, differently after every prompt, so that equal answers mean much."""
+    """A model with large random weights: it babbles, differently after every prompt, so equal answers say much."""
     config = make_experiment(
         tmp_path_factory.mktemp("chat"), "engine.type=torch", "training.max_steps=1", "optimizer.learning_rate=1e-9",
         "model.config_overrides={initializer_range: 0.5}",
@@ -112,11 +112,14 @@ def test_sampling_follows_its_seed_and_temperature(chat: Chat):
 
 
 def test_an_answer_ends_where_the_context_does(chat: Chat):
-    question = "cat " * 90  # leaves less room than the 512 tokens that are allowed by default
+    question = "cat " * 90
     prompt = chat._chat_tokenizer.prompt_ids(Conversation(messages=(user(question),), condition="GPT4"))
-    answer = chat.reply([user(question)])
+    room = chat.card.max_length - len(prompt)
+    assert 8 < room < Sampling().max_new_tokens
 
-    assert 0 < len(chat._tokenizer.encode(answer, add_special_tokens=False)) <= 128 - len(prompt) + 1
+    # With the room as the limit the answer is the same, with one token less it is shorter.
+    assert chat.reply([user(question)]) == chat.reply([user(question)], sampling=Sampling(max_new_tokens=room))
+    assert chat.reply([user(question)]) != chat.reply([user(question)], sampling=Sampling(max_new_tokens=room - 2))
 
 
 def test_a_condition_is_stripped_as_in_training(chat: Chat):

@@ -167,9 +167,9 @@ def test_sums_of_a_row_are_those_counted_by_hand(tmp_path: Path):
     loss, right, by_source = 0.0, 0, [0.0, 0.0, 0.0]
     for document in documents:
         ids = torch.from_numpy(document.input_ids).long()
-        log_probs = AutoModelForCausalLM.from_config(model.config)
-        log_probs.load_state_dict(model.state_dict())
-        logits = log_probs(ids[None], use_cache=False).logits[0].detach()
+        plain = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+        plain.load_state_dict(model.state_dict())
+        logits = plain(ids[None], use_cache=False).logits[0].detach()
         for position, weight in enumerate(document.token_weights.tolist()):
             if weight:
                 ce = float(F.cross_entropy(logits[position - 1], ids[position]))

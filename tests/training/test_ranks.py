@@ -66,5 +66,5 @@ def test_without_a_group_everything_is_a_plain_call():
 
     assert all_or_none(lambda: 5) == 5
     assert of_rank_0("x") == "x"
-    with pytest.raises(DataError, match="^no data$"):
+    with pytest.raises(DataError, match=r"^no data$"):
         all_or_none(fail)

@@ -213,9 +213,7 @@ def test_wandb_without_a_login_is_refused_before_anything_is_built(tmp_path: Pat
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     config = prepared(tmp_path, "tracking.wandb={mode: online}")
 
-    with pytest.raises(
-        ConfigError, match=r"tracking.wandb: .*Log in with `wandb login`, or set tracking.wandb.mode=off"
-    ):
+    with pytest.raises(ConfigError, match=r"tracking.wandb: .*Log in with `wandb login`, or set tracking.wandb"):
         train(config)
 
 
