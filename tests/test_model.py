@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from ochat.backend import select_backend
 from ochat.config import EngineConfig, ModelConfig
-from ochat.data.batch import Document, collate
 from ochat.errors import ConfigError
 from ochat.model import hidden_states, lm_head_weight, load_model, resize_vocabulary, varlen
+from tests.documents import Document, pack
 
 SHAPE = {
     "vocab_size": 64,
@@ -56,8 +56,8 @@ def documents(seed=0):
     rng = np.random.default_rng(seed)
     return [
         Document(
-            input_ids=rng.integers(0, 64, n).astype(np.int32),
-            token_weights=np.ones(n, np.float32),
+            input_ids=rng.integers(0, 64, n),
+            token_weights=np.ones(n),
             source_id=0,
         )
         for n in LENGTHS
@@ -76,7 +76,7 @@ def one_by_one(folder, docs, probe):
 
 def packed(folder, docs, probe, *, checkpointing=False):
     model = load(folder, checkpointing=checkpointing)
-    logits = hidden_states(model, collate(docs)) @ lm_head_weight(model).T
+    logits = hidden_states(model, pack(docs)) @ lm_head_weight(model).T
     (logits * probe).sum().backward()
     return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -100,7 +100,7 @@ def test_one_document_over_the_whole_row_is_not_the_same(architecture):
     joined = [
         Document(
             input_ids=np.concatenate([d.input_ids for d in docs]),
-            token_weights=np.ones(sum(LENGTHS), np.float32),
+            token_weights=np.ones(sum(LENGTHS)),
             source_id=0,
         )
     ]

@@ -6,7 +6,6 @@
 T tokens of the row, S documents in it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -16,19 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 IGNORE_INDEX = -100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
-    """input_ids int [n], token_weights float [n] (source's weight included), source_id."""
-
-    input_ids: NDArray[np.integer]
-    token_weights: NDArray[np.floating]
-    source_id: int
-
-
-# What a row without documents holds, so that its rank still runs forward and backward. Weight 0: it teaches nothing.
-PADDING = Document(input_ids=np.zeros(2, np.int32), token_weights=np.zeros(2, np.float32), source_id=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,22 +35,37 @@ class PackedBatch:
         return type(self)(**moved, max_seqlen=self.max_seqlen)
 
 
-def collate(documents: Sequence[Document]) -> PackedBatch:
-    """Join documents into one row; no documents make a row of padding."""
-    documents = documents or (PADDING,)
-    lengths = np.array([len(d.input_ids) for d in documents])
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    ids = np.concatenate([d.input_ids for d in documents]).astype(np.int64)
-    weights = np.concatenate([d.token_weights for d in documents]).astype(np.float32)
-    weights[cu_seqlens[:-1]] = 0.0  # a document's first token follows nothing; its weight must not wrap around
-    loss_weights = np.roll(weights, -1)
-    labels = np.where(loss_weights != 0, np.roll(ids, -1), IGNORE_INDEX)
+def collate(
+    input_ids: NDArray[np.integer],
+    token_weights: NDArray[np.floating],
+    lengths: NDArray[np.integer],
+    source_ids: NDArray[np.integer],
+) -> PackedBatch:
+    """Make a row of documents that lie end to end; none at all make a row of padding that teaches nothing.
+
+    input_ids      int   [T]
+    token_weights  float [T]   source's weight included; a document's first token follows nothing, its weight is void
+    lengths        int   [S]
+    source_ids     int   [S]
+    """
+    if len(lengths) == 0:  # this rank has no row in the step, and must still run forward and backward
+        one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
+        input_ids, token_weights, lengths, source_ids = zero, zero.astype(np.float32), one, zero
+    cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    loss_weights = np.zeros(len(input_ids), dtype=np.float32)
+    loss_weights[:-1] = token_weights[1:]
+    loss_weights[cu_seqlens[1:] - 1] = 0.0  # what follows a last token is another document
+    labels = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int64)
+    np.copyto(labels[:-1], input_ids[1:], where=loss_weights[:-1] != 0)
+    positions = np.arange(len(input_ids), dtype=np.int64)
+    positions -= np.repeat(cu_seqlens[:-1], lengths)
     return PackedBatch(
-        input_ids=torch.from_numpy(ids),
-        position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(cu_seqlens[:-1], lengths)),
+        input_ids=torch.from_numpy(input_ids.astype(np.int64)),
+        position_ids=torch.from_numpy(positions),
         labels=torch.from_numpy(labels),
         loss_weights=torch.from_numpy(loss_weights),
-        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-        source_ids=torch.tensor([d.source_id for d in documents], dtype=torch.int32),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        source_ids=torch.from_numpy(source_ids.astype(np.int32)),
         max_seqlen=int(lengths.max()),
     )

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ochat.config import Config
-from ochat.data.batch import Document, PackedBatch, collate
+from ochat.data.batch import PackedBatch, collate
 from ochat.data.packing import PackingPlan, plan
 from ochat.data.replies import per_message_weights
 from ochat.data.store import PreparedSplit
@@ -101,15 +101,10 @@ class Loader:
         return range(self._rank * share, (self._rank + 1) * share)
 
     def _batch(self, rows: tuple[NDArray[np.int64], ...], position: int) -> PackedBatch:
-        items = rows[position] if position < len(rows) else ()
-        return collate([self._document(int(item)) for item in items])
-
-    def _document(self, item: int) -> Document:
-        input_ids, token_weights = self._split.tokens(item)
+        items = rows[position] if position < len(rows) else np.zeros(0, np.int64)
+        input_ids, token_weights = self._split.tokens(items)
         if self._config.loss.weighting == "message":
             token_weights = per_message_weights(token_weights)
-        return Document(
-            input_ids=input_ids,
-            token_weights=token_weights * np.float32(self._weights[item]),
-            source_id=int(self._source_id[item]),
-        )
+        lengths = self._split.lengths[items]
+        factors = np.repeat(self._weights[items].astype(np.float32), lengths)
+        return collate(input_ids, token_weights * factors, lengths, self._source_id[items])

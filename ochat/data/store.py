@@ -8,7 +8,7 @@ N items (conversations), n tokens of one item.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +18,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ochat.errors import DataError
+
+# offsets [rows + 1] and values of a list column: views into the file
+_ListViews = tuple[NDArray[np.int32], NDArray[Any]]
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -121,35 +124,48 @@ class PreparedSplit:
         files = sorted(folder.glob("data-*.arrow"))
         if not files:
             raise DataError(f"{folder}: no Arrow files there. Run `ochat prepare`.")
-        batches = [batch for file in files for batch in pa.ipc.open_stream(pa.memory_map(str(file)))]
-        self._starts = np.cumsum([0] + [batch.num_rows for batch in batches])
-        self._input_ids = [_list_views(batch.column("input_ids")) for batch in batches]
-        self._token_weights = [_list_views(batch.column("token_weights")) for batch in batches]
-        offsets = (offsets for offsets, _ in self._input_ids)
-        self.lengths: NDArray[np.int32] = np.concatenate([np.diff(o) for o in offsets])
-        self._table = pa.Table.from_batches(batches)
+        self._batches = [batch for file in files for batch in pa.ipc.open_stream(pa.memory_map(str(file)))]
+        self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
+        self._input_ids = [_list_views(batch.column("input_ids")) for batch in self._batches]
+        self._token_weights = [_list_views(batch.column("token_weights")) for batch in self._batches]
+        lengths = [np.diff(offsets) for offsets, _ in self._input_ids]
+        self.lengths: NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *lengths])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def column(self, name: str) -> NDArray[Any]:
         """A per-item column [N]; missing rewards are NaN."""
-        column = self._table.column(name)
-        if pa.types.is_list(column.type):
-            raise AssertionError(f"{name} holds tokens; use tokens(index)")
-        return np.asarray(column.to_numpy())
+        assert not pa.types.is_list(SCHEMA.field(name).type), f"{name} holds tokens; use tokens(items)"
+        columns = [batch.column(name) for batch in self._batches]
+        if SCHEMA.field(name).type == pa.float32():
+            columns = [column.fill_null(float("nan")) for column in columns]
+        empty = np.zeros(0, SCHEMA.field(name).type.to_pandas_dtype())
+        return np.concatenate([empty, *map(_view, columns)])
 
-    def tokens(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """input_ids [n] and token_weights [n] of one item; read-only views, nothing is copied."""
-        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row = index - int(self._starts[batch])
-        offsets, ids = self._input_ids[batch]
-        weight_offsets, weights = self._token_weights[batch]
-        return (
-            ids[offsets[row] : offsets[row + 1]],
-            weights[weight_offsets[row] : weight_offsets[row + 1]],
-        )
+    def tokens(self, items: Sequence[int] | NDArray[np.integer]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """input_ids and token_weights of items, end to end, in the order asked for: two arrays [sum of lengths]."""
+        items = np.asarray(items, dtype=np.int64)
+        if len(items) == 0:
+            return np.zeros(0, np.int32), np.zeros(0, np.float32)
+        batches = np.searchsorted(self._starts, items, side="right") - 1
+        places = list(zip(batches.tolist(), (items - self._starts[batches]).tolist(), strict=True))
+        return (_gather(self._input_ids, places), _gather(self._token_weights, places))
 
 
-def _list_views(column: pa.ListArray) -> tuple[NDArray[np.int32], NDArray[Any]]:
-    return column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True)
+def _gather(views: Sequence[_ListViews], places: Sequence[tuple[int, int]]) -> NDArray[Any]:
+    pieces = []
+    for batch, row in places:
+        offsets, values = views[batch]
+        pieces.append(values[offsets[row] : offsets[row + 1]])
+    return np.concatenate(pieces)
+
+
+def _list_views(column: pa.ListArray) -> _ListViews:
+    return _view(column.offsets), _view(column.values)
+
+
+def _view(array: pa.Array) -> NDArray[Any]:
+    """An Arrow array without nulls as numpy, over the same memory. Its own to_numpy imports pandas: 0.3 s, 35 MB."""
+    dtype = np.dtype(array.type.to_pandas_dtype())
+    return np.frombuffer(array.buffers()[1], dtype, count=len(array), offset=array.offset * dtype.itemsize)

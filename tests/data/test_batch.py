@@ -1,12 +1,11 @@
 """Labels, positions and boundaries of a packed row."""
 
-import numpy as np
+from ochat.data.batch import IGNORE_INDEX
+from tests.documents import Document, pack
 
-from ochat.data.batch import IGNORE_INDEX, Document, collate
 
-
-def document(ids, weights, source_id=0):
-    return Document(input_ids=np.array(ids, np.int32), token_weights=np.array(weights, np.float32), source_id=source_id)
+def document(ids: list[int], weights: list[float], source_id: int = 0) -> Document:
+    return Document(input_ids=ids, token_weights=weights, source_id=source_id)
 
 
 # <s> q q a a   and   <s> q a
@@ -15,18 +14,18 @@ SECOND = document([1, 20, 21], [0, 0, 0.5], source_id=1)
 
 
 def test_labels_are_the_next_token_of_the_same_document():
-    batch = collate([FIRST, SECOND])
+    batch = pack([FIRST, SECOND])
 
     assert batch.input_ids.tolist() == [1, 10, 11, 12, 13, 1, 20, 21]
     assert batch.labels.tolist() == [-100, -100, 12, 13, -100, -100, 21, -100]
 
 
 def test_a_weight_stands_where_its_token_is_predicted():
-    assert collate([FIRST, SECOND]).loss_weights.tolist() == [0, 0, 1, 1, 0, 0, 0.5, 0]
+    assert pack([FIRST, SECOND]).loss_weights.tolist() == [0, 0, 1, 1, 0, 0, 0.5, 0]
 
 
 def test_positions_restart_and_boundaries_are_cumulative():
-    batch = collate([FIRST, SECOND])
+    batch = pack([FIRST, SECOND])
 
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert batch.cu_seqlens.tolist() == [0, 5, 8]
@@ -38,14 +37,14 @@ def test_a_weight_on_a_first_token_reaches_no_other_document():
     """Nothing precedes it inside the document; shifted blindly, its label would fall on the neighbour's last token."""
     odd = document([7, 8], [1.0, 1.0])
 
-    batch = collate([odd, odd])
+    batch = pack([odd, odd])
 
     assert batch.labels.tolist() == [8, IGNORE_INDEX, 8, IGNORE_INDEX]
     assert batch.loss_weights.sum() == 2
 
 
 def test_a_row_without_documents_is_padding_of_weight_zero():
-    batch = collate([])
+    batch = pack([])
 
     assert len(batch.input_ids) >= 1
     assert batch.loss_weights.sum() == 0

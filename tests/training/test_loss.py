@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from ochat.backend import select_backend
 from ochat.config import EngineConfig, ModelConfig
-from ochat.data.batch import Document, collate
 from ochat.model import load_model
 from ochat.training.loss import LossSums, WeightedLoss, weighted_linear_cross_entropy
+from tests.documents import Document, pack
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_sums_of_a_row_are_those_counted_by_hand(tmp_path: Path):
     model_config = ModelConfig(name_or_path=str(tmp_path), template="openchat-3.5", max_length=8, init="random")
     model = load_model(model_config, range(16), select_backend(EngineConfig(type="torch")), seed=0)
     documents = [
-        Document(input_ids=np.array(ids, np.int32), token_weights=np.array(weights, np.float32), source_id=source)
+        Document(input_ids=ids, token_weights=weights, source_id=source)
         for ids, weights, source in [
             ([1, 2, 3, 4], [0, 0, 1.0, 1.0], 0),
             ([1, 5, 6], [0, 0.1, 0.1], 2),
@@ -161,16 +161,16 @@ def test_sums_of_a_row_are_those_counted_by_hand(tmp_path: Path):
         ]
     ]
 
-    _, vector = WeightedLoss(model, num_sources=3)(collate(documents))
+    _, vector = WeightedLoss(model, num_sources=3)(pack(documents))
     sums = LossSums.from_vector(vector.detach())
 
     loss, right, by_source = 0.0, 0, [0.0, 0.0, 0.0]
     for document in documents:
-        ids = torch.from_numpy(document.input_ids).long()
+        ids = torch.tensor(document.input_ids)
         plain = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
         plain.load_state_dict(model.state_dict())
         logits = plain(ids[None], use_cache=False).logits[0].detach()
-        for position, weight in enumerate(document.token_weights.tolist()):
+        for position, weight in enumerate(document.token_weights):
             if weight:
                 ce = float(F.cross_entropy(logits[position - 1], ids[position]))
                 loss += weight * ce
