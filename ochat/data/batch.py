@@ -53,13 +53,14 @@ def collate(
         input_ids, token_weights, lengths, source_ids = zero, zero.astype(np.float32), one, zero
     cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
-    loss_weights = np.zeros(len(input_ids), dtype=np.float32)
+    loss_weights = np.empty(len(input_ids), dtype=np.float32)
     loss_weights[:-1] = token_weights[1:]
     loss_weights[cu_seqlens[1:] - 1] = 0.0  # what follows a last token is another document
-    labels = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int64)
-    np.copyto(labels[:-1], input_ids[1:], where=loss_weights[:-1] != 0)
+    labels = np.empty(len(input_ids), dtype=np.int64)
+    labels[:-1] = input_ids[1:]
+    np.putmask(labels, loss_weights == 0, IGNORE_INDEX)
     positions = np.arange(len(input_ids), dtype=np.int64)
-    positions -= np.repeat(cu_seqlens[:-1], lengths)
+    positions -= np.repeat(cu_seqlens[:-1].astype(np.int64), lengths)
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids.astype(np.int64)),
         position_ids=torch.from_numpy(positions),

@@ -76,7 +76,7 @@ def build_items(
         counts.cut_tokens += beyond
         conditions.append(conversation.condition)
         counts.trimmed_tokens += len(item.input_ids) - beyond - len(cut.input_ids)
-    batch = _record_batch(kept, source_id, lines, rewards)
+    batch = record_batch(kept, source_id, lines, rewards)
     counts.kept = len(kept)
     counts.tokens = sum(len(item.input_ids) for item in kept)
     counts.supervised_tokens = sum(batch.column("num_supervised").to_pylist())
@@ -97,7 +97,7 @@ def truncate(item: TokenizedConversation, max_length: int) -> TokenizedConversat
     return TokenizedConversation(input_ids=item.input_ids[:end], token_weights=item.token_weights[:end])
 
 
-def _record_batch(
+def record_batch(
     items: Sequence[TokenizedConversation], source_id: int, lines: Sequence[int], rewards: Sequence[float | None]
 ) -> pa.RecordBatch:
     starts = [reply_starts(item.token_weights) for item in items]

@@ -106,5 +106,5 @@ class Loader:
         if self._config.loss.weighting == "message":
             token_weights = per_message_weights(token_weights)
         lengths = self._split.lengths[items]
-        factors = np.repeat(self._weights[items].astype(np.float32), lengths)
-        return collate(input_ids, token_weights * factors, lengths, self._source_id[items])
+        token_weights *= np.repeat(self._weights[items].astype(np.float32), lengths)
+        return collate(input_ids, token_weights, lengths, self._source_id[items])

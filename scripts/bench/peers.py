@@ -11,7 +11,16 @@ PEERS = ROOT / ".cache" / "peers"
 
 # The original, with the library versions at which its neutralising of special tokens works.
 OPENCHAT = "ochat==3.6.1"
-OPENCHAT_NEEDS = ("transformers==4.40.2", "tokenizers==0.19.1", "orjson", "pyarrow<20", "pydantic", "numpy<2")
+OPENCHAT_NEEDS = (
+    "transformers==4.40.2",
+    "tokenizers==0.19.1",
+    "orjson",
+    "pyarrow<20",
+    "pydantic",
+    "numpy<2",
+    "numba",
+    "torch==2.13.0",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
