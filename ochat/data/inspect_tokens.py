@@ -94,7 +94,7 @@ class TokenReader:
         return tuple(turns)
 
     def _tokens(self, ids: Sequence[int], weights: Sequence[float], kinds: Sequence[Kind]) -> tuple[Token, ...]:
-        """A turn's tokens. A character of several tokens is the text of the last of them: F0 9F 98 80 -> "" "" "" 😀."""
+        """A turn's tokens. A character of several tokens is the text of the last: F0 9F 98 80 -> "" "" "" 😀."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         tokens = []
         for number, weight, kind in zip(ids, weights, kinds, strict=True):
