@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from ochat.config import load_config
 from ochat.data.inspect import Inspection, inspect
 from ochat.data.inspect_html import render_page, write_page
+from ochat.data.inspect_tokens import Token, Turn
 from ochat.data.prepare import prepare
 from tests.experiment import write_experiment
 
@@ -65,7 +67,11 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Inspection:
     source = {"name": "<i>s</i>", "path": str(chats), "condition": '"><script>', "weight": 1.0}
     config = load_config(path, [f"data.sources=[{json.dumps(source)}]", "model.max_length=256"])
     prepare(config)
-    return inspect(config, "", num=9)
+    shown = inspect(config, "", num=9)
+    # A tokenizer with large pieces: each injection is one token, so no span of ours divides it.
+    tokens = tuple(Token(id=9, raw=text.encode(), text=text, weight=1.0, kind="content") for text in INJECTIONS)
+    whole = replace(shown.conversations[0], turns=(Turn(tokens=tokens, condition=None),))
+    return replace(shown, conversations=(whole, *shown.conversations))
 
 
 def test_the_page_has_no_tag_but_its_own(hostile: Inspection):
@@ -79,7 +85,8 @@ def test_a_page_without_escapes_would_be_noticed(hostile: Inspection, monkeypatc
     monkeypatch.setattr("ochat.data.inspect_html.escape", str)
     page = Page(render_page(hostile))
 
-    assert "script" in page.tags
+    assert {"script", "img", "svg"} <= page.tags
+    assert {"onerror", "onload", "onclick"} <= page.attributes
 
 
 def test_every_token_is_on_the_page_as_its_text(hostile: Inspection):
@@ -149,9 +156,10 @@ def test_in_a_browser_injected_scripts_stay_text(hostile: Inspection, tmp_path: 
 
 @pytest.mark.parametrize(("policy", "title"), [(False, "owned"), (True, "ochat inspect: test")])
 def test_in_a_browser_a_forgotten_escape_is_noticed_and_the_policy_stops_it(
-    hostile: Inspection, tmp_path: Path, policy: bool, title: str
+    hostile: Inspection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: bool, title: str
 ):
-    html = render_page(hostile).replace("<main>", f"<main>{INJECTIONS[0]}{INJECTIONS[1]}")
+    monkeypatch.setattr("ochat.data.inspect_html.escape", str)
+    html = render_page(hostile)
     page = tmp_path / "page.html"
     page.write_text(html if policy else without_policy(html), encoding="utf-8")
 
