@@ -7,6 +7,7 @@ Everything shown is taken from the loader's own batches, so it cannot differ fro
 import difflib
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,7 @@ def inspect(
     larder = _Larder(config, manifest, TokenReader(tokenizer, template, conditions))
     items = _select(config, larder.split, source=source, row=row, num=num or (NUM_CONVERSATIONS if row is None else 1))
     conversations = tuple(larder.conversation(item) for item in items)
+    shown_weights = (token.weight for conversation in conversations for token in conversation.tokens)
     return Inspection(
         run_name=config.run.name,
         prepared_dir=config.data.prepared_dir,
@@ -151,7 +153,7 @@ def inspect(
         conversations=conversations,
         rows=larder.first_rows(),
         num_steps=larder.plan.num_steps,
-        highest=max(larder.highest_mean_weight(), *(t.weight for c in conversations for t in c.tokens)),
+        highest=max(chain([larder.highest_mean_weight()], shown_weights)),
     )
 
 

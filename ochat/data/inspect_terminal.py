@@ -16,7 +16,7 @@ from ochat.data.inspect_tokens import Token, Turn, glyphs
 LEVEL_STYLES = ("", "white on magenta", "white on blue", "black on cyan", "black on green", "black on bright_green")
 KIND_STYLES = {"control": "bold", "prefix": "bold", "content": ""}
 CONTEXT_KIND_STYLES = {"control": "bold magenta", "prefix": "bold yellow", "content": ""}
-SOURCE_COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "red")
+SOURCE_COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")
 BAR_WIDTH = 72
 DOCUMENTS_SHOWN = 6
 

@@ -109,7 +109,7 @@ def test_the_legend_has_the_numbers_and_both_schemes_and_print_are_styled(hostil
     html = render_page(hostile)
 
     assert '<span class="t w5">1</span>' in html
-    assert "prefers-color-scheme: dark" in html
+    assert "@media screen and (prefers-color-scheme: dark)" in html
     assert "@media print" in html
 
 
