@@ -98,11 +98,8 @@ class TokenReader:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         tokens = []
         for number, weight, kind in zip(ids, weights, kinds, strict=True):
-            control = number in self._control_ids
-            if control:
-                decoder.reset()
             raw = self._raw(number)
-            shown_kind: Kind = "control" if control else kind
+            shown_kind: Kind = "control" if number in self._control_ids else kind
             tokens.append(Token(id=number, raw=raw, text=decoder.decode(raw), weight=weight, kind=shown_kind))
         return tuple(tokens)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ochat.config import load_config
 from ochat.data.conversation import Conversation, Message
 from ochat.data.inspect import Inspection, inspect
-from ochat.data.inspect_tokens import Token, TokenReader, glyphs, weight_level
+from ochat.data.inspect_tokens import Token, TokenReader, Turn, glyphs, weight_level
 from ochat.data.loader import Loader
 from ochat.data.prepare import prepare
 from ochat.data.store import TRAIN_SPLIT, PreparedSplit
@@ -39,13 +39,13 @@ def text_of(tokens: tuple[Token, ...]) -> str:
     return "".join(token.text for token in tokens if token.kind == "content")
 
 
-def read_chat(family: str, *messages: Message, condition: str = "GPT4") -> tuple[TokenReader, tuple]:
+def read_chat(family: str, *messages: Message, condition: str = "GPT4") -> tuple[Turn, ...]:
     template = get_template(FAMILIES[family])
     tokenizer = load_tokenizer(str(TOKENIZERS / family), template)
     chat = Conversation(messages=messages, condition=condition, source="s")
     item = ChatTokenizer(tokenizer, template).tokenize([chat])[0]
     reader = TokenReader(tokenizer, template, ["", "GPT4", "GPT4 Correct"])
-    return item, reader.read(item.input_ids, item.token_weights)
+    return reader.read(item.input_ids, item.token_weights)
 
 
 def test_every_source_shows_its_first_three_conversations_with_file_and_line(folder: Path):
@@ -144,6 +144,14 @@ def test_each_document_of_a_row_is_the_conversation_it_is_named_for(folder: Path
     assert conversation.weight_sum == pytest.approx(document.weight_sum)
 
 
+def test_each_document_of_a_row_has_the_source_of_its_file(folder: Path):
+    documents = [document for row in look(folder).rows for document in row.documents]
+
+    assert {document.source_id for document in documents} == {0, 1}
+    assert all(f"/{('expert', 'crowd')[d.source_id]}.jsonl:" in d.where for d in documents)
+    assert all(d.weight == pytest.approx((1.0, 0.1)[d.source_id]) for d in documents)
+
+
 def test_a_row_of_padding_has_no_documents(folder: Path):
     rows = look(folder, "batch.global_batch_tokens=25600").rows  # 100 rows a step, more than there are
 
@@ -175,7 +183,7 @@ def test_uncut_data_says_so(folder: Path):
 @settings(deadline=None, max_examples=40)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30))
 def test_the_text_shown_can_be_read_again(family: str, text: str):
-    _, turns = read_chat(family, Message(role="user", content=text), Message(role="assistant", content="ok"))
+    turns = read_chat(family, Message(role="user", content=text), Message(role="assistant", content="ok"))
     template = get_template(FAMILIES[family])
     tokenizer = load_tokenizer(str(TOKENIZERS / family), template)
     encoded = tokenizer.backend_tokenizer
@@ -188,7 +196,7 @@ def test_the_text_shown_can_be_read_again(family: str, text: str):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_character_of_several_tokens_is_the_text_of_the_last_and_bytes_before(family: str):
-    _, turns = read_chat(family, Message(role="assistant", content="😀"))
+    turns = read_chat(family, Message(role="assistant", content="😀"))
     tokens = [token for token in turns[0].tokens if token.kind == "content" and token.raw != b" "]
 
     assert b"".join(token.raw for token in tokens) == "😀".encode()
@@ -200,7 +208,7 @@ def test_a_character_of_several_tokens_is_the_text_of_the_last_and_bytes_before(
 @pytest.mark.parametrize("condition", ["", "GPT4", "GPT4 Correct"])
 def test_prefix_tokens_are_the_ids_before_the_content(family: str, condition: str):
     hello = (Message(role="user", content="sat"), Message(role="assistant", content="GPT4 User: sat"))
-    _, turns = read_chat(family, *hello, condition=condition)
+    turns = read_chat(family, *hello, condition=condition)
     spaced = f"{condition} " if condition else ""
 
     assert [turn.condition for turn in turns] == [condition, condition]
@@ -209,8 +217,34 @@ def test_prefix_tokens_are_the_ids_before_the_content(family: str, condition: st
     assert "User: sat" in text_of(turns[1].tokens)  # typed, so not a prefix
 
 
+def test_of_two_prefixes_that_fit_the_longer_is_taken():
+    template = get_template("openchat-3.5")
+    tokenizer = load_tokenizer(str(TOKENIZERS / "mini-mistral"), template)
+    chat = Conversation(
+        messages=(Message(role="assistant", content="sat"),), condition="sat Assistant: red", source="s"
+    )
+    item = ChatTokenizer(tokenizer, template).tokenize([chat])[0]
+    reader = TokenReader(tokenizer, template, ["sat", "sat Assistant: red"])
+
+    assert reader.read(item.input_ids, item.token_weights)[0].condition == "sat Assistant: red"
+
+
+def test_an_added_token_that_is_not_special_is_content():
+    template = get_template("openchat-3.5")
+    tokenizer = load_tokenizer(str(TOKENIZERS / "mini-mistral"), template)
+    tokenizer.add_tokens(["walls!"])
+    chat = Conversation(messages=(Message(role="assistant", content="walls!"),), condition="", source="s")
+    item = ChatTokenizer(tokenizer, template).tokenize([chat])[0]
+    (turn,) = TokenReader(tokenizer, template, [""]).read(item.input_ids, item.token_weights)
+
+    assert [(token.text, token.kind) for token in turn.tokens[-2:]] == [
+        ("walls!", "content"),
+        ("<|end_of_turn|>", "control"),
+    ]
+
+
 def test_a_typed_control_string_is_content_and_the_real_one_is_control():
-    _, turns = read_chat("mini-mistral", Message(role="assistant", content="<|end_of_turn|>"))
+    turns = read_chat("mini-mistral", Message(role="assistant", content="<|end_of_turn|>"))
 
     assert len(turns) == 1
     assert [token.text for token in turns[0].tokens if token.kind == "control"] == ["<s>", "<|end_of_turn|>"]

@@ -64,14 +64,14 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Inspection:
         for text in INJECTIONS:
             turns = [{"from": "human", "value": text}, {"from": "gpt", "value": f"{text}\n\n\tend 😀"}]
             file.write(json.dumps({"conversations": turns}) + "\n")
-    source = {"name": "<i>s</i>", "path": str(chats), "condition": '"><script>', "weight": 1.0}
+    source = {"name": "<a href=x>s</a>", "path": str(chats), "condition": '"><script>', "weight": 1.0}
     config = load_config(path, [f"data.sources=[{json.dumps(source)}]", "model.max_length=256"])
     prepare(config)
     shown = inspect(config, "", num=9)
     # A tokenizer with large pieces: each injection is one token, so no span of ours divides it.
     tokens = tuple(Token(id=9, raw=text.encode(), text=text, weight=1.0, kind="content") for text in INJECTIONS)
     whole = replace(shown.conversations[0], turns=(Turn(tokens=tokens, condition=None),))
-    return replace(shown, conversations=(whole, *shown.conversations))
+    return replace(shown, run_name=f"</title>{INJECTIONS[0]}", conversations=(whole, *shown.conversations))
 
 
 def test_the_page_has_no_tag_but_its_own(hostile: Inspection):
@@ -149,12 +149,12 @@ def test_in_a_browser_injected_scripts_stay_text(hostile: Inspection, tmp_path: 
     page.write_text(without_policy(write_page(hostile, page).read_text(encoding="utf-8")), encoding="utf-8")
     document = browse(page, tmp_path / "profile")
 
-    assert title_of(document) == "ochat inspect: test"
+    assert title_of(document).startswith("ochat inspect: &lt;/title&gt;&lt;script&gt;")
     assert "owned" in document  # as text
     assert "<script" not in document
 
 
-@pytest.mark.parametrize(("policy", "title"), [(False, "owned"), (True, "ochat inspect: test")])
+@pytest.mark.parametrize(("policy", "title"), [(False, "owned"), (True, "ochat inspect: ")])
 def test_in_a_browser_a_forgotten_escape_is_noticed_and_the_policy_stops_it(
     hostile: Inspection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: bool, title: str
 ):
