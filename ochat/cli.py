@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,6 +36,26 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     arguments = shlex.join([config, *(overrides or ())])
     print(f"\nnext: deepspeed --module ochat.training.train --config {arguments}")
     print(f"  or, in one process: ochat train {arguments}")
+
+
+@app.command()
+def inspect(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    source: Annotated[str | None, typer.Option(help="only this source's conversations")] = None,
+    row: Annotated[int | None, typer.Option(min=1, help="begin at this line of the chat file")] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="conversations of each source [3; with --row 1]")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a page for a browser instead")] = None,
+) -> None:
+    """Show what will be trained: tokens with their weights, and how they are packed."""
+    from ochat.config import load_config
+    from ochat.data.inspect import inspect
+    from ochat.data.inspect_html import write_page
+    from ochat.data.inspect_terminal import print_inspection
+
+    command = shlex.join(["ochat", "prepare", config, *(overrides or ())])
+    shown = inspect(load_config(config, overrides or ()), command, source=source, row=row, num=num)
+    print(f"wrote {write_page(shown, html)}; open it in a browser") if html else print_inspection(shown)
 
 
 @app.command()

@@ -1,0 +1,283 @@
+"""What will be trained, as plain data: conversations token by token with their weights, and the rows of step 0.
+
+Everything shown is taken from the loader's own batches, so it cannot differ from what is trained. Called by
+`ochat inspect`; drawn by inspect_terminal.py and inspect_html.py.
+"""
+
+import difflib
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ochat.config import Config
+from ochat.data.batch import PackedBatch
+from ochat.data.inspect_tokens import Token, TokenReader, Turn, weight_level
+from ochat.data.loader import Loader
+from ochat.data.packing import PackingPlan
+from ochat.data.prepare import check_prepared
+from ochat.data.store import TRAIN_SPLIT, Manifest, PreparedSplit
+from ochat.data.template import get_template
+from ochat.data.tokenize import load_tokenizer
+from ochat.data.weights import item_weights
+from ochat.errors import ConfigError, DataError
+
+NUM_CONVERSATIONS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectedConversation:
+    """A conversation as it is trained.
+
+    where       file:line it came from
+    weight      factor of its source or reward, that every token's weight includes
+    weight_sum  sum of its tokens' weights as trained
+    cut         whether it certainly lost tokens at model.max_length; `ending` says what is known
+    step, row   where the first epoch trains it
+    """
+
+    where: str
+    source: str
+    condition: str | None
+    turns: tuple[Turn, ...]
+    num_tokens: int
+    num_supervised: int
+    weight: float
+    weight_sum: float
+    cut: bool
+    ending: str
+    step: int
+    row: int
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        return tuple(token for turn in self.turns for token in turn.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectedDocument:
+    """A conversation's place in a packed row; start and end are tokens of the row."""
+
+    where: str
+    source_id: int
+    start: int
+    end: int
+    weight: float
+    weight_sum: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectedRow:
+    """A packed row; one without documents is padding that runs with weight 0."""
+
+    documents: tuple[InspectedDocument, ...]
+    row_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.documents[-1].end if self.documents else 0
+
+    @property
+    def fill(self) -> float:
+        return self.num_tokens / self.row_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegendEntry:
+    """The weights that share a colour, of the tokens shown."""
+
+    level: int
+    lowest: float
+    highest: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """rows: of step 0 of the first epoch, which has num_steps. highest: the weight with the strongest colour."""
+
+    run_name: str
+    prepared_dir: str
+    fingerprint: str
+    template: str
+    max_length: int
+    sources: tuple[str, ...]
+    conversations: tuple[InspectedConversation, ...]
+    rows: tuple[InspectedRow, ...]
+    num_steps: int
+    highest: float
+
+    def level(self, token: Token) -> int:
+        return weight_level(token.weight, self.highest)
+
+    def legend(self) -> tuple[LegendEntry, ...]:
+        weights = Counter(token.weight for conversation in self.conversations for token in conversation.tokens)
+        entries = []
+        for level in sorted({weight_level(weight, self.highest) for weight in weights}):
+            of_level = [weight for weight in weights if weight_level(weight, self.highest) == level]
+            count = sum(weights[weight] for weight in of_level)
+            entries.append(LegendEntry(level=level, lowest=min(of_level), highest=max(of_level), num_tokens=count))
+        return tuple(entries)
+
+
+def inspect(
+    config: Config, prepare_command: str, *, source: str | None = None, row: int | None = None, num: int | None = None
+) -> Inspection:
+    """Conversations of the prepared dataset and the packed rows of step 0.
+
+    source  only this one's conversations; None: of every source
+    row     begin at this line of the chat file, and show one conversation unless `num` says otherwise
+    num     conversations of each source
+    """
+    template = get_template(config.model.template)
+    tokenizer = load_tokenizer(config.tokenizer_name_or_path, template)
+    try:
+        manifest = check_prepared(config, template, tokenizer)
+    except DataError as exc:
+        raise DataError(f"{exc} Run: {prepare_command}") from exc
+    conditions = {c for count in manifest.counts.values() for c in count["conditions"]}
+    larder = _Larder(config, manifest, TokenReader(tokenizer, template, conditions))
+    items = _select(config, larder.split, source=source, row=row, num=num or (NUM_CONVERSATIONS if row is None else 1))
+    conversations = tuple(larder.conversation(item) for item in items)
+    shown_weights = (token.weight for conversation in conversations for token in conversation.tokens)
+    return Inspection(
+        run_name=config.run.name,
+        prepared_dir=config.data.prepared_dir,
+        fingerprint=manifest.fingerprint,
+        template=template.name,
+        max_length=config.model.max_length,
+        sources=tuple(s.name for s in config.data.sources),
+        conversations=conversations,
+        rows=larder.first_rows(),
+        num_steps=larder.plan.num_steps,
+        highest=max(chain([larder.highest_mean_weight()], shown_weights)),
+    )
+
+
+def _select(config: Config, split: PreparedSplit, *, source: str | None, row: int | None, num: int) -> list[int]:
+    """The items to show: of each source, the first `num` from line `row` on."""
+    names = [s.name for s in config.data.sources]
+    if source is not None and source not in names:
+        near = difflib.get_close_matches(source, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"--source {source!r}: data.sources has none of that name.{hint} Known: {', '.join(names)}.")
+    chosen = [i for i, name in enumerate(names) if source in (None, name)]
+    source_id, lines = split.column("source_id"), split.column("line")
+    items: list[int] = []
+    for position in chosen:
+        of_source = np.flatnonzero(source_id == position)
+        if row is not None and row not in lines[of_source]:
+            continue
+        items += of_source[lines[of_source] >= (row or 0)][:num].tolist()
+    if not items:
+        raise DataError(_nothing_there(config, chosen, lines[np.isin(source_id, chosen)], row))
+    return items
+
+
+def _nothing_there(config: Config, chosen: list[int], lines: NDArray[np.int64], row: int | None) -> str:
+    files = ", ".join(config.data.sources[position].path for position in chosen)
+    if row is None or not len(lines):
+        return f"{files}: no conversation of it was kept. See the counts of `ochat prepare`."
+    nearest = int(lines[np.abs(lines - row).argmin()])
+    return (
+        f"--row {row}: no conversation of that line of {files} was kept: the file ends before it, the line is empty, "
+        f"or nothing in it has a weight within model.max_length = {config.model.max_length} tokens. "
+        f"The nearest line kept is {nearest}."
+    )
+
+
+class _Larder:
+    """The prepared dataset with its loader, by item."""
+
+    def __init__(self, config: Config, manifest: Manifest, reader: TokenReader) -> None:
+        self.split = PreparedSplit(Path(config.data.prepared_dir) / TRAIN_SPLIT)
+        self._config, self._manifest, self._reader = config, manifest, reader
+        self._loader = Loader(config, self.split)
+        self.plan: PackingPlan = self._loader.plan(0)
+        self._weights = item_weights(config, self.split)
+        self._source_id, self._line = self.split.column("source_id"), self.split.column("line")
+        self._row_starts = np.cumsum([0] + [len(row) for row in self.plan.rows])
+        self._place = np.empty(len(self.split), np.int64)
+        self._place[np.concatenate(self.plan.rows)] = np.arange(len(self.split))
+
+    def conversation(self, item: int) -> InspectedConversation:
+        """The item as found in the batch that trains it."""
+        row = int(np.searchsorted(self._row_starts, self._place[item], side="right")) - 1
+        step, position = divmod(row, self.plan.rows_per_step)
+        batch = next(self._loader.epoch(0, start=step)).batches[position]
+        ids, weights = _document(batch, int(self._place[item] - self._row_starts[row]))
+        turns = self._reader.read(ids, weights)
+        cut, ending = self._ending(ids, self._config.data.sources[self._source_id[item]].name)
+        return InspectedConversation(
+            where=self._where(item),
+            source=self._config.data.sources[self._source_id[item]].name,
+            condition=next((turn.condition for turn in turns if turn.condition is not None), None),
+            turns=turns,
+            num_tokens=len(ids),
+            num_supervised=int(np.count_nonzero(weights)),
+            weight=float(self._weights[item]),
+            weight_sum=float(weights.sum(dtype=np.float64)),
+            cut=cut,
+            ending=ending,
+            step=step,
+            row=position,
+        )
+
+    def first_rows(self) -> tuple[InspectedRow, ...]:
+        """The rows of step 0, boundaries as in their batches."""
+        rows = []
+        for position, batch in enumerate(next(self._loader.epoch(0)).batches):
+            items = self.plan.rows[position].tolist() if position < len(self.plan.rows) else []
+            bounds = batch.cu_seqlens.tolist()
+            documents = tuple(
+                InspectedDocument(
+                    where=self._where(item),
+                    source_id=int(batch.source_ids[n]),
+                    start=bounds[n],
+                    end=bounds[n + 1],
+                    weight=float(self._weights[item]),
+                    weight_sum=float(_document(batch, n)[1].sum(dtype=np.float64)),
+                )
+                for n, item in enumerate(items)
+            )
+            rows.append(InspectedRow(documents=documents, row_tokens=self.plan.row_tokens))
+        return tuple(rows)
+
+    def highest_mean_weight(self) -> float:
+        """The highest mean weight of an item's supervised tokens: anchors colours to the dataset, not to the page."""
+        per_message = self._config.loss.weighting == "message"
+        sums = self.split.column("reply_weight_sum" if per_message else "weight_sum")
+        return float((self._weights * sums / self.split.column("num_supervised")).max())
+
+    def _where(self, item: int) -> str:
+        return f"{self._config.data.sources[self._source_id[item]].path}:{self._line[item]}"
+
+    def _ending(self, ids: NDArray[np.int64], source: str) -> tuple[bool, str]:
+        """Whether it was certainly cut, and what is known about its end.
+
+        A reply's end-of-turn has the reply's weight and trailing context is dropped, so only a cut leaves it open.
+        """
+        limit, truncated = self._config.model.max_length, self._manifest.counts[source]["truncated"]
+        if not self._reader.ends_turn(ids):
+            return True, f"cut inside a reply, at model.max_length = {limit} tokens"
+        if len(ids) == limit:
+            return (
+                False,
+                f"ends with a whole reply at exactly model.max_length = {limit} tokens; more may have followed",
+            )
+        if truncated:
+            return (
+                False,
+                f"ends with a whole reply; turns may be missing after it ({truncated:,} of its source were cut)",
+            )
+        return False, "ends with a whole reply; no conversation of its source was cut"
+
+
+def _document(batch: PackedBatch, index: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """input_ids [n] and the weight [n] of predicting each, of one document of a row; the first is never predicted."""
+    start, end = batch.cu_seqlens[index : index + 2].tolist()
+    shifted = batch.loss_weights[start : end - 1].numpy()
+    return batch.input_ids[start:end].numpy(), np.concatenate([np.zeros(1, np.float32), shifted])
