@@ -1,0 +1,195 @@
+"""What the doctor looks at, gathered once by the functions that training uses; what cannot be had is its error.
+
+Nothing here needs a GPU or loads weights: the model is built on torch's meta device, where parameters have shapes only.
+"""
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import pyarrow as pa
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ochat.backend import Backend, select_backend
+from ochat.config import Config, SourceConfig
+from ochat.data.items import Counts, build_items
+from ochat.data.prepare import check_prepared
+from ochat.data.records import read_records
+from ochat.data.store import Manifest
+from ochat.data.template import Template, get_template
+from ochat.data.tokenize import ChatTokenizer, load_tokenizer
+from ochat.errors import BackendError, CheckpointError, OchatError
+from ochat.model import load_model
+from ochat.training.setup import Setup, set_up
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+U = TypeVar("U")
+SAMPLE_CONVERSATIONS = 200
+COUNTED_BYTES = 64 << 20  # of a chat file; beyond, the number of conversations is extrapolated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """found: what is there, with numbers and units. fix: what to do, empty when there is nothing to do."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Where the run is meant to go.
+
+    on_gpu           whether memory is that of GPUs; otherwise processes share this host's
+    elsewhere        planned for GPUs that this machine does not have, so host memory and disk may differ there
+    prepare_command  what the user types to prepare
+    """
+
+    num_processes: int
+    gpu_memory_gib: float
+    on_gpu: bool
+    elsewhere: bool
+    prepare_command: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """The first conversations of a source as they would be prepared.
+
+    num_conversations  in the whole file; extrapolated when `exact` is False
+    """
+
+    batch: pa.RecordBatch
+    counts: Counts
+    num_conversations: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """setup: what training would start from, the run folder included; fresh: the same for an empty run folder."""
+
+    config: Config
+    plan: Plan
+    template: Template | OchatError
+    tokenizer: PreTrainedTokenizerFast | OchatError
+    chat_tokenizer: ChatTokenizer | OchatError
+    here: Backend | OchatError
+    backend: Backend | OchatError
+    model: PreTrainedModel | OchatError
+    manifest: Manifest | OchatError
+    setup: Setup | OchatError
+    fresh: Setup | OchatError
+    samples: Mapping[str, Sample | OchatError]
+
+
+def gather(config: Config, *, num_gpus: int | None, gpu_memory_gib: float, prepare_command: str) -> Facts:
+    """Look at everything once. num_gpus None plans for this machine: its GPUs, or one process without any."""
+    gpus_here = torch.cuda.device_count()
+    plan = Plan(
+        num_processes=num_gpus or gpus_here or 1,
+        gpu_memory_gib=gpu_memory_gib,
+        on_gpu=bool(num_gpus or gpus_here),
+        elsewhere=num_gpus is not None and num_gpus > gpus_here,
+        prepare_command=prepare_command,
+    )
+    template = _attempt(lambda: get_template(config.model.template))
+    tokenizer = _then(template, lambda t: load_tokenizer(config.tokenizer_name_or_path, t))
+    chat_tokenizer = _then(template, lambda t: _then(tokenizer, lambda found: ChatTokenizer(found, t)))
+    backend = _attempt(lambda: _planned_backend(config, plan))
+    manifest = _then(template, lambda t: _then(tokenizer, lambda found: check_prepared(config, t, found)))
+    setup = _then(manifest, lambda _: _then(backend, lambda found: set_up(config, found, prepare_command)))
+    return Facts(
+        config=config,
+        plan=plan,
+        template=template,
+        tokenizer=tokenizer,
+        chat_tokenizer=chat_tokenizer,
+        here=_attempt(lambda: select_backend(config.engine)),
+        backend=backend,
+        model=_then(tokenizer, lambda found: _then(backend, lambda b: _model_shape(config, found, b))),
+        manifest=manifest,
+        setup=setup,
+        fresh=_fresh_setup(config, backend, prepare_command) if isinstance(setup, CheckpointError) else setup,
+        samples={
+            source.name: _then(chat_tokenizer, lambda found, i=i, s=source: _sample(config, s, i, found))  # type: ignore[misc]
+            for i, source in enumerate(config.data.sources)
+        },
+    )
+
+
+def _attempt(work: Callable[[], T | OchatError]) -> T | OchatError:
+    """The result, or the error a user would see; missing files count as such."""
+    try:
+        return work()
+    except OchatError as exc:
+        return exc
+    except OSError as exc:
+        return OchatError(str(exc))
+
+
+def _then(found: T | OchatError, work: Callable[[T], U | OchatError]) -> U | OchatError:
+    """work(found), or the error that stands in its place."""
+    return found if isinstance(found, OchatError) else _attempt(lambda: work(found))
+
+
+def _planned_backend(config: Config, plan: Plan) -> Backend:
+    """The backend of rank 0 where the run is meant to go; GPUs that are not here are taken to have bf16."""
+    if config.engine.type == "torch" and plan.num_processes > 1:
+        raise BackendError(
+            f"engine.type: torch runs in one process, {plan.num_processes} are planned. Use engine.type=deepspeed."
+        )
+    engine = config.engine
+    if plan.elsewhere and engine.type == "deepspeed" and engine.dtype == "auto":
+        engine = engine.model_copy(update={"dtype": "bf16"})
+    return replace(select_backend(engine), rank=0, local_rank=0, world_size=plan.num_processes)
+
+
+def _model_shape(config: Config, tokenizer: PreTrainedTokenizerFast, backend: Backend) -> PreTrainedModel:
+    """The model as training would build it, its vocabulary as long as the tokenizer, without any numbers in it."""
+    shape_only = config.model.model_copy(update={"init": "random"})
+    with torch.device("meta"):
+        return load_model(shape_only, tokenizer, backend, seed=0)
+
+
+def _fresh_setup(config: Config, backend: Backend | OchatError, prepare_command: str) -> Setup | OchatError:
+    with tempfile.TemporaryDirectory() as empty:
+        fresh = config.model_copy(update={"run": config.run.model_copy(update={"output_dir": empty})})
+        return _then(backend, lambda found: set_up(fresh, found, prepare_command))
+
+
+def _sample(config: Config, source: SourceConfig, source_id: int, tokenizer: ChatTokenizer) -> Sample:
+    """Parse and tokenise the first conversations, and count the others without parsing them."""
+    bytes_read = 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal bytes_read
+        bytes_read += num_bytes
+
+    path = Path(source.path)
+    records = read_records(path, advance)
+    first = list(islice(records, SAMPLE_CONVERSATIONS))
+    batch, counts = build_items(
+        first, source, source_id=source_id, tokenizer=tokenizer, max_length=config.model.max_length
+    )
+    number = len(first)
+    for _ in records:
+        number += 1
+        if bytes_read > COUNTED_BYTES:
+            size = path.stat().st_size
+            return Sample(
+                batch=batch,
+                counts=counts,
+                num_conversations=round(number * size / bytes_read),
+                exact=bytes_read >= size,
+            )
+    return Sample(batch=batch, counts=counts, num_conversations=number, exact=True)
