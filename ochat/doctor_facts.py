@@ -45,6 +45,11 @@ class Finding:
     fix: str = ""
 
 
+def unchecked(name: str, missing: str) -> Finding:
+    """What is missing has a finding and a fix of its own."""
+    return Finding(name=name, status="warn", found=f"not checked: needs {missing}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Where the run is meant to go.

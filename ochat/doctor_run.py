@@ -14,10 +14,9 @@ import torch
 from ochat.backend import Backend
 from ochat.config import Config
 from ochat.data.packing import plan
-from ochat.doctor_facts import Facts, Finding, Sample
+from ochat.doctor_facts import Facts, Finding, Sample, unchecked
 from ochat.errors import CheckpointError, ConfigError, OchatError
 from ochat.memory import (
-    GPU_OVERHEAD_BYTES,
     MemoryEstimate,
     ModelShape,
     RunShape,
@@ -73,9 +72,7 @@ def check_model(facts: Facts) -> Finding:
     name = "base model"
     settings = facts.config.model
     if isinstance(facts.tokenizer, OchatError) or isinstance(facts.backend, OchatError):
-        return Finding(
-            name=name, status="warn", found="not checked: needs tokenizer and backend", fix="Mend those first."
-        )
+        return unchecked(name, "tokenizer and backend")
     if isinstance(facts.model, OchatError):
         fix = "Fetch it (a machine with network, `hf download`), or give its folder as model.name_or_path."
         return Finding(name=name, status="fail", found=str(facts.model), fix=fix)
@@ -156,7 +153,7 @@ def check_steps(facts: Facts) -> Finding:
     if steps is None:
         if isinstance(facts.fresh, OchatError) and not isinstance(facts.manifest, OchatError):
             return Finding(name=name, status="fail", found=str(facts.fresh), fix="Mend the data, the weights or batch.")
-        return Finding(name=name, status="warn", found="not known: needs readable chat files", fix="Mend data.sources.")
+        return unchecked(name, "readable chat files")
     found = (
         f"{steps.total:,} steps ({steps.per_epoch:,} an epoch, training.num_epochs={facts.config.training.num_epochs}, "
         f"max_steps={facts.config.training.max_steps}), {steps.supervised_tokens:,.0f} supervised tokens a step"
@@ -178,8 +175,7 @@ def check_learning_rate(facts: Facts) -> Finding:
     if configured != "auto":
         return Finding(name=name, status="ok", found=f"peak {configured:.3g}, as configured; {shape}")
     if isinstance(facts.model, OchatError) or steps is None:
-        missing = "the base model's shape and the number of supervised tokens a step"
-        return Finding(name=name, status="warn", found=f"auto, not known: needs {missing}", fix="Mend those first.")
+        return unchecked(name, "for `auto` the base model's shape and the supervised tokens of a step")
     model = facts.model.config
     try:
         rate, reason = auto_learning_rate(model.model_type, model.vocab_size, steps.supervised_tokens)
@@ -194,9 +190,7 @@ def check_memory(facts: Facts) -> Finding:
     on_gpu = facts.plan.on_gpu
     name = "GPU memory" if on_gpu else "memory to train"
     if isinstance(facts.model, OchatError) or isinstance(facts.backend, OchatError):
-        return Finding(
-            name=name, status="warn", found="not known: needs the base model's shape", fix="Mend that first."
-        )
+        return unchecked(name, "the base model's shape")
     model, run = model_shape(facts), run_shape(facts)
     room = facts.plan.gpu_memory_gib * GIB if on_gpu else host_memory_bytes() / run.num_processes
     estimate = estimate_memory(model, run)
@@ -244,7 +238,7 @@ def run_shape(facts: Facts) -> RunShape:
         gradient_checkpointing=config.model.gradient_checkpointing,
         row_tokens=config.batch.micro_batch_tokens,
         chunk_elements=CHUNK_ELEMENTS,
-        overhead_bytes=GPU_OVERHEAD_BYTES if facts.plan.on_gpu else 0,
+        on_gpu=facts.plan.on_gpu,
     )
 
 
@@ -289,9 +283,7 @@ def host_memory_bytes() -> int:
 def check_host_memory(facts: Facts) -> Finding:
     name = "host memory"
     if isinstance(facts.model, OchatError) or isinstance(facts.backend, OchatError):
-        return Finding(
-            name=name, status="warn", found="not known: needs the base model's shape", fix="Mend that first."
-        )
+        return unchecked(name, "the base model's shape")
     run, processes = run_shape(facts), min(facts.plan.num_processes, GPUS_PER_NODE)
     random_init = facts.config.model.init == "random"
     needed = loading_bytes(
@@ -313,9 +305,7 @@ def check_disk(facts: Facts) -> Finding:
     name = "disk"
     config, run_dir = facts.config, facts.config.run_dir
     if isinstance(facts.model, OchatError) or isinstance(facts.backend, OchatError):
-        return Finding(
-            name=name, status="warn", found="not known: needs the base model's shape", fix="Mend that first."
-        )
+        return unchecked(name, "the base model's shape")
     run, parameters = run_shape(facts), facts.model.num_parameters()
     only_last = config.checkpoint.save_every_epochs is None and config.checkpoint.save_every_steps is None
     number = 1 if only_last else config.checkpoint.keep_last + 1  # the new one is whole before the oldest goes

@@ -12,7 +12,7 @@ from ochat.data.store import TRAIN_SPLIT, PreparedSplit, check_replaceable
 from ochat.data.template import to_jinja
 from ochat.data.tokenize import ChatTokenizer, adds_dummy_prefix
 from ochat.data.weights import item_weights
-from ochat.doctor_facts import Facts, Finding, Sample
+from ochat.doctor_facts import Facts, Finding, Sample, unchecked
 from ochat.errors import DataError, OchatError, TemplateError
 
 # Texts that a single string can carry: no control strings, and nothing at the start that merges with a prefix.
@@ -29,7 +29,9 @@ def check_tokenizer(facts: Facts) -> Finding:
     name = "tokenizer"
     for found in (facts.template, facts.tokenizer, facts.chat_tokenizer):
         if isinstance(found, OchatError):
-            fix = "Give a template and a tokenizer that fit: model.template, model.tokenizer_name_or_path."
+            fix = (
+                "Give a tokenizer that fits model.template as model.tokenizer_name_or_path: without network, a folder."
+            )
             return Finding(name=name, status="fail", found=str(found), fix=fix)
     assert not isinstance(facts.template, OchatError)
     assert not isinstance(facts.tokenizer, OchatError)
@@ -42,7 +44,7 @@ def check_tokenizer(facts: Facts) -> Finding:
 def check_embeddings(facts: Facts) -> Finding:
     name = "embeddings"
     if isinstance(facts.model, OchatError) or isinstance(facts.tokenizer, OchatError):
-        return _unchecked(name, "the base model's shape or the tokenizer")
+        return unchecked(name, "the base model's shape or the tokenizer")
     base = AutoConfig.from_pretrained(facts.config.model.name_or_path).vocab_size
     old = int(facts.config.model.config_overrides.get("vocab_size", base))
     new = len(facts.tokenizer)
@@ -63,7 +65,7 @@ def check_jinja(facts: Facts) -> Finding:
     """The generated chat template gives the training ids of PROBES, under every condition in use."""
     name = "chat template"
     if isinstance(facts.chat_tokenizer, OchatError) or isinstance(facts.tokenizer, OchatError):
-        return _unchecked(name, "tokenizer and template")
+        return unchecked(name, "tokenizer and template")
     tokenizer, template = facts.chat_tokenizer, facts.chat_tokenizer.template
     jinja = to_jinja(template, dummy_prefix=adds_dummy_prefix(facts.tokenizer))
     chats = [chat for chat in PROBES if all(role in template.prefixes for role, _ in chat)]
@@ -110,7 +112,7 @@ def check_injection(facts: Facts) -> Finding:
     """No added token's text, typed into a message, becomes a control id."""
     name = "injection"
     if isinstance(facts.chat_tokenizer, OchatError) or isinstance(facts.tokenizer, OchatError):
-        return _unchecked(name, "tokenizer and template")
+        return unchecked(name, "tokenizer and template")
     control = facts.tokenizer.added_tokens_decoder
     leaks = injected_tokens(facts.chat_tokenizer, {token.content: i for i, token in control.items()})
     if leaks:
@@ -144,7 +146,7 @@ def check_end_of_turn(facts: Facts) -> Finding:
     """A reply that ends within max_length teaches the model to stop."""
     name = "end of turn"
     if isinstance(facts.chat_tokenizer, OchatError):
-        return _unchecked(name, "tokenizer and template")
+        return unchecked(name, "tokenizer and template")
     end = facts.chat_tokenizer.end_of_turn_ids[-1]
     samples = [sample for sample in facts.samples.values() if isinstance(sample, Sample) and sample.counts.kept]
     if not samples:
@@ -175,7 +177,7 @@ def check_conditions(facts: Facts) -> Finding:
     """Conditions are plain text, and tell sources of different worth apart."""
     name = "conditions"
     if isinstance(facts.chat_tokenizer, OchatError):
-        return _unchecked(name, "tokenizer and template")
+        return unchecked(name, "tokenizer and template")
     sources = facts.config.data.sources
     used = {source.name: _conditions_in_use(facts, source) for source in sources}
     for condition in sorted({condition for found in used.values() for condition in found}):
@@ -214,7 +216,7 @@ def check_sources(facts: Facts) -> Iterator[Finding]:
 def _check_source(facts: Facts, source: SourceConfig, sample: Sample | OchatError) -> Finding:
     name = f"data: {source.name}"
     if isinstance(facts.chat_tokenizer, OchatError) and Path(source.path).is_file():
-        return _unchecked(name, "tokenizer and template")
+        return unchecked(name, "tokenizer and template")
     if isinstance(sample, OchatError):
         if not isinstance(facts.manifest, OchatError) and not Path(source.path).is_file():
             found = f"{source.path} is not here; the prepared dataset is, and is trusted"
@@ -244,7 +246,7 @@ def _check_source(facts: Facts, source: SourceConfig, sample: Sample | OchatErro
 def check_prepared_dataset(facts: Facts) -> Finding:
     name = "prepared dataset"
     if isinstance(facts.chat_tokenizer, OchatError):
-        return _unchecked(name, "tokenizer and template")
+        return unchecked(name, "tokenizer and template")
     if not isinstance(facts.manifest, OchatError):
         found = f"{facts.config.data.prepared_dir} is up to date ({facts.manifest.fingerprint[:12]})"
         return Finding(name=name, status="ok", found=found)
@@ -259,7 +261,7 @@ def check_gradient_shares(facts: Facts) -> Finding:
     """Who will move the model: source weight x token weights, of all sources' total."""
     name = "gradient shares"
     if isinstance(facts.fresh, OchatError):
-        return _unchecked(name, "an up-to-date prepared dataset")
+        return unchecked(name, "an up-to-date prepared dataset")
     split = PreparedSplit(Path(facts.config.data.prepared_dir) / TRAIN_SPLIT)
     sums = "reply_weight_sum" if facts.config.loss.weighting == "message" else "weight_sum"
     weighted = item_weights(facts.config, split) * split.column(sums)
@@ -273,7 +275,3 @@ def check_gradient_shares(facts: Facts) -> Finding:
             fix="Lower the weight of the others if the expert should decide.",
         )  # fmt: skip
     return Finding(name=name, status="ok", found=found)
-
-
-def _unchecked(name: str, missing: str) -> Finding:
-    return Finding(name=name, status="warn", found=f"not checked: needs {missing}", fix="Mend the findings above.")

@@ -9,7 +9,7 @@ Q query and K key width (heads x head size), H query heads, I MLP width, V vocab
 
 from dataclasses import dataclass, fields
 
-# DeepSpeed's reduce_bucket_size, which we leave at its default; two buffers of it, because communication overlaps.
+# DeepSpeed's reduce_bucket_size, which we leave at its default.
 BUCKET_ELEMENTS = 500_000_000
 # CUDA context, NCCL and cuBLAS workspaces; an experience value.
 GPU_OVERHEAD_BYTES = 3 * 2**29
@@ -33,7 +33,7 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunShape:
-    """deepspeed: else the torch engine. chunk_elements: logits the loss holds at once. overhead: GPU context or 0."""
+    """deepspeed: else the torch engine. chunk_elements: logits the loss holds at once."""
 
     deepspeed: bool
     zero_stage: int
@@ -42,7 +42,7 @@ class RunShape:
     gradient_checkpointing: bool
     row_tokens: int
     chunk_elements: int
-    overhead_bytes: int = GPU_OVERHEAD_BYTES
+    on_gpu: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +74,13 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryEstimate:
     bf16 stage 1 holds a whole fp32 gradient beside the bf16 one (DeepSpeed's BF16_Optimizer, chosen by our fp32
     accumulation). Stage 3 adds the layers gathered at a time: two layers and the largest parameter.
 
-    buckets      stages 1 (fp32) to 3: 2 b B + 4 max(B, largest parameter), B = 500M elements: two buffers and the fp32
-                 copy that travels. Stage 0, bf16 stage 1 and torch: none.
+    buckets      stages 2, 3 and fp32 1: B = 500M elements, two buffers and a flattened copy, 3 b B, and for bf16 what
+                 travels in fp32, 4 max(B, largest parameter). On a CPU one buffer, and min(B, P) of it touched.
     activations  with checkpointing L T D b (each layer's input), else L T layer
     layer        per token: two norms (4 + 2b) D each, q, k, v and output (2Q + 2K) b, softmax sums 4H, MLP 4 I b
     working      max(one layer in backward, LM head); backward adds (3I + 2D) b T of gradients to the layer's
                  activations, which checkpointing recomputes here
-    LM head      hidden and its gradient 2 T D b, plus max(forward: 4VD + bVD + 8 bytes a logit of the chunk,
+    LM head      hidden and its gradient 2 T D b, plus max(forward: 4VD + bVD + 8 min(chunk, TV),
                  backward: 8VD, in bf16 + 2VD)
     """
     parameters, gradients, optimizer = _state_bytes(model, run)
@@ -96,7 +96,7 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryEstimate:
         buckets=_bucket_bytes(model, run),
         activations=model.num_layers * stored,
         working=max(recomputed + backward, _lm_head_bytes(model, run)),
-        overhead=run.overhead_bytes,
+        overhead=GPU_OVERHEAD_BYTES if run.on_gpu else 0,
     )
 
 
@@ -125,12 +125,14 @@ def _state_bytes(model: ModelShape, run: RunShape) -> tuple[int, int, int]:
 def _bucket_bytes(model: ModelShape, run: RunShape) -> int:
     if not run.deepspeed or run.zero_stage == 0 or (run.zero_stage == 1 and run.param_bytes == 2):
         return 0
-    return 2 * run.param_bytes * BUCKET_ELEMENTS + 4 * max(BUCKET_ELEMENTS, model.largest_parameter)
+    elements = BUCKET_ELEMENTS if run.on_gpu else min(BUCKET_ELEMENTS, model.num_parameters)
+    travelling = 4 * max(elements, model.largest_parameter) if run.param_bytes < 4 else 0
+    return (3 if run.on_gpu else 2) * run.param_bytes * elements + travelling
 
 
 def _lm_head_bytes(model: ModelShape, run: RunShape) -> int:
     head, width = model.vocab_size * model.hidden_size, run.param_bytes
-    forward = (4 + width) * head + 8 * run.chunk_elements
+    forward = (4 + width) * head + 8 * min(run.chunk_elements, run.row_tokens * model.vocab_size)
     backward = 8 * head + (width * head if width < 4 else 0)
     return 2 * run.row_tokens * model.hidden_size * width + max(forward, backward)
 
