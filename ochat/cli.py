@@ -61,7 +61,9 @@ def doctor(
 
     loaded, command = load_config(config, overrides or ()), shlex.join(["ochat", "prepare", config, *(overrides or ())])
     findings = examine(loaded, num_gpus=num_gpus, gpu_memory_gib=gpu_memory_gib, prepare_command=command)
-    raise typer.Exit(0 if print_findings(findings) else 1)
+    if not print_findings(findings):
+        raise typer.Exit(1)
+    print(f"\nnext: {command}")
 
 
 @app.command()

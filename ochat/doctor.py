@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ochat import doctor_run, doctor_text
+from ochat import doctor_room, doctor_run, doctor_text
 from ochat.config import Config
 from ochat.doctor_facts import Facts, Finding, gather
 
@@ -24,11 +24,10 @@ CHECKS: tuple[Callable[[Facts], Finding | Iterator[Finding]], ...] = (
     doctor_text.check_prepared_dataset,
     doctor_text.check_gradient_shares,
     doctor_run.check_rows,
-    doctor_run.check_steps,
-    doctor_run.check_learning_rate,
-    doctor_run.check_memory,
-    doctor_run.check_host_memory,
-    doctor_run.check_disk,
+    doctor_run.check_schedule,
+    doctor_room.check_memory,
+    doctor_room.check_host_memory,
+    doctor_room.check_disk,
     doctor_run.check_wandb,
     doctor_run.check_run_folder,
 )
