@@ -29,7 +29,7 @@ def check_memory(facts: Facts) -> Finding:
     estimate, dtype = estimate_memory(model, run), str(facts.backend.dtype).removeprefix("torch.")
     found = (
         f"about {_gib(estimate.total)} of {_gib(room)} a process (an estimate): {_parts(estimate)}; assumes "
-        f"{run.num_processes} process(es), {str(facts.backend.dtype).removeprefix('torch.')}, "
+        f"{run.num_processes} process(es), {dtype}, "
         f"{_engine(facts.config)}, rows of {run.row_tokens:,} tokens all supervised, gradient checkpointing "
         f"{'on' if run.gradient_checkpointing else 'off'}, fused attention, no fragmentation"
     )

@@ -13,7 +13,7 @@ from ochat.backend import Backend
 from ochat.config import Config
 from ochat.data.packing import plan
 from ochat.doctor_facts import Facts, Finding, Sample, unchecked
-from ochat.errors import CheckpointError, ConfigError, OchatError
+from ochat.errors import CheckpointError, ConfigError, DataError, OchatError
 from ochat.training.optim import auto_learning_rate
 from ochat.training.state import CHECKPOINTS_NAME
 
@@ -144,9 +144,9 @@ def check_schedule(facts: Facts) -> Iterator[Finding]:
 
 def _check_steps(facts: Facts, steps: Steps | None) -> Finding:
     name = "steps"
+    if isinstance(facts.fresh, DataError) and not isinstance(facts.manifest, OchatError):
+        return Finding(name=name, status="fail", found=str(facts.fresh), fix="Mend the weights, or batch.")
     if steps is None:
-        if isinstance(facts.fresh, OchatError) and not isinstance(facts.manifest, OchatError):
-            return Finding(name=name, status="fail", found=str(facts.fresh), fix="Mend the weights or batch.")
         return unchecked(name, "readable chat files, or a prepared dataset")
     found = (
         f"{steps.total:,} steps ({steps.per_epoch:,} an epoch, training.num_epochs={facts.config.training.num_epochs}, "

@@ -77,7 +77,7 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryEstimate:
     buckets      stages 2, 3 and fp32 1: B = 500M elements, two buffers and a flattened copy, 3 b B, and for bf16 what
                  travels in fp32, 4 max(B, largest parameter). On a CPU one buffer, and min(B, P) of it touched.
     activations  with checkpointing L T D b (each layer's input), else L T layer
-    layer        per token: two norms (4 + 2b) D each, q, k, v and output (2Q + 2K) b, softmax sums 4H, MLP 4 I b
+    layer        per token: two norms (4 + 2b) D + 4 each, q, k, v and output (2Q + 2K) b, softmax sums 4H, MLP 4 I b
     working      max(one layer in backward, LM head); backward adds (3I + 2D) b T of gradients to the layer's
                  activations, which checkpointing recomputes here
     LM head      hidden and its gradient 2 T D b, plus max(forward: 4VD + bVD + 8 min(chunk, TV),
@@ -102,7 +102,7 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryEstimate:
 
 def layer_bytes_per_token(model: ModelShape, width: int) -> int:
     """What autograd keeps of one decoder layer for one token; the norms compute in fp32 whatever the width."""
-    norms = 2 * (4 + 2 * width) * model.hidden_size
+    norms = 2 * ((4 + 2 * width) * model.hidden_size + 4)
     attention = 2 * (model.query_size + model.key_size) * width + 4 * model.num_heads
     return norms + attention + 4 * model.mlp_size * width
 

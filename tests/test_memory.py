@@ -1,8 +1,13 @@
-"""The estimate by hand: P = 100 parameters on small numbers, and Llama 3 8B against the published figures."""
+"""The estimate by hand: P = 100 parameters on small numbers, and Llama 3 8B against the published figures.
+
+What a layer keeps is also counted on a real one.
+"""
 
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ochat.memory import (
     BUCKET_ELEMENTS,
@@ -62,24 +67,52 @@ def test_a_share_that_does_not_divide_is_rounded_up():
 
 
 def test_a_layer_by_hand():
-    # bf16: norms 2 x (4 + 4) x 2 = 32, attention 2 x (4 + 2) x 2 + 4 x 2 = 32, MLP 4 x 5 x 2 = 40
-    assert layer_bytes_per_token(TINY, 2) == 104
-    # fp32: norms 2 x 12 x 2 = 48, attention 48 + 8, MLP 80
-    assert layer_bytes_per_token(TINY, 4) == 184
+    # bf16: norms 2 x ((4 + 4) x 2 + 4) = 40, attention 2 x (4 + 2) x 2 + 4 x 2 = 32, MLP 4 x 5 x 2 = 40
+    assert layer_bytes_per_token(TINY, 2) == 112
+    # fp32: norms 2 x (12 x 2 + 4) = 56, attention 48 + 8, MLP 80
+    assert layer_bytes_per_token(TINY, 4) == 192
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_is_what_autograd_keeps_of_a_transformers_layer(dtype: torch.dtype):
+    shape = replace(TINY, hidden_size=64, query_size=64, key_size=32, num_heads=4, mlp_size=224)
+
+    kept = saved_bytes(2, dtype) - saved_bytes(1, dtype)
+
+    assert kept == NUM_TOKENS * layer_bytes_per_token(shape, dtype.itemsize)
+
+
+NUM_TOKENS = 64
+
+
+def saved_bytes(num_layers: int, dtype: torch.dtype) -> int:
+    """Storage that the forward pass of a small Llama keeps for its backward pass, parameters aside."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=224, num_hidden_layers=num_layers, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = model.get_decoder()(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long), use_cache=False)
+    assert output.last_hidden_state.requires_grad
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
 
 def test_checkpointing_keeps_a_layers_input_and_recomputes_one_layer():
-    # kept: 3 layers x 10 tokens x 2 x 2 bytes; working: one layer 1040 + gradients 10 x (15 + 4) x 2
+    # kept: 3 layers x 10 tokens x 2 x 2 bytes; working: one layer 1120 + gradients 10 x (15 + 4) x 2
     estimate = estimate_memory(TINY, CPU)
 
-    assert (estimate.activations, estimate.working) == (120, 1040 + 380)
+    assert (estimate.activations, estimate.working) == (120, 1120 + 380)
 
 
 def test_without_checkpointing_every_layer_is_kept_and_none_recomputed():
     # the LM head: hidden and its gradient 2 x 10 x 2 x 2 = 80, forward 6 x 40 + 8 x 60 = 720, backward 10 x 40
     estimate = estimate_memory(TINY, replace(CPU, gradient_checkpointing=False))
 
-    assert (estimate.activations, estimate.working) == (3 * 1040, 80 + 720)
+    assert (estimate.activations, estimate.working) == (3 * 1120, 80 + 720)
 
 
 def test_logits_are_never_more_than_the_rows_tokens():
@@ -104,7 +137,7 @@ def test_a_gpu_has_whole_buckets_and_a_context():
 def test_the_total_is_the_sum_of_its_parts():
     estimate = estimate_memory(TINY, CPU)
 
-    assert estimate.total == 200 + 100 + 300 + 800 + 120 + 1420
+    assert estimate.total == 200 + 100 + 300 + 800 + 120 + 1500
 
 
 def states_gb(stage: int) -> float:
