@@ -52,7 +52,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 def doctor(
     config: ConfigPath,
     overrides: Overrides = None,
-    num_gpus: Annotated[int | None, typer.Option(min=1, help="plan for so many GPUs; default: those here")] = None,
+    num_gpus: Annotated[int | None, typer.Option(min=1, help="plan for so many; default: one process here")] = None,
     gpu_memory_gib: Annotated[float, typer.Option(min=1, help="memory of each")] = 80.0,
 ) -> None:
     """Dry run without a GPU: what would go wrong, and the fix. Exit code 1 if anything would."""

@@ -40,7 +40,7 @@ def examine(
     gpu_memory_gib: float = 80.0,
     prepare_command: str = "ochat prepare CONFIG",
 ) -> list[Finding]:
-    """All findings, in the order of CHECKS. num_gpus None: this machine's GPUs, or one process without any."""
+    """All findings, in the order of CHECKS. num_gpus None: one process on this machine."""
     facts = gather(config, num_gpus=num_gpus, gpu_memory_gib=gpu_memory_gib, prepare_command=prepare_command)
     findings = [
         Finding(

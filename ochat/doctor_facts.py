@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ochat.backend import Backend, select_backend
+from ochat.backend import Backend, local_device, select_backend
 from ochat.config import Config, SourceConfig
 from ochat.data.items import Counts, build_items
 from ochat.data.prepare import check_prepared
@@ -55,7 +55,7 @@ class Plan:
     """Where the run is meant to go.
 
     on_gpu           whether memory is that of GPUs; otherwise processes share this host's
-    elsewhere        planned for GPUs that this machine does not have, so host memory and disk may differ there
+    elsewhere        planned for GPUs on a machine without any, so host memory and disk may differ there
     prepare_command  what the user types to prepare
     """
 
@@ -98,13 +98,13 @@ class Facts:
 
 
 def gather(config: Config, *, num_gpus: int | None, gpu_memory_gib: float, prepare_command: str) -> Facts:
-    """Look at everything once. num_gpus None plans for this machine: its GPUs, or one process without any."""
-    gpus_here = torch.cuda.device_count()
+    """Look at everything once. num_gpus None plans for one process on this machine."""
+    gpu_here = local_device().type == "cuda"
     plan = Plan(
-        num_processes=num_gpus or gpus_here or 1,
+        num_processes=num_gpus or 1,
         gpu_memory_gib=gpu_memory_gib,
-        on_gpu=bool(num_gpus or gpus_here),
-        elsewhere=num_gpus is not None and num_gpus > gpus_here,
+        on_gpu=gpu_here or num_gpus is not None,
+        elsewhere=num_gpus is not None and not gpu_here,
         prepare_command=prepare_command,
     )
     template = _attempt(lambda: get_template(config.model.template))
@@ -174,27 +174,21 @@ def _fresh_setup(config: Config, backend: Backend | OchatError, prepare_command:
 
 def _sample(config: Config, source: SourceConfig, source_id: int, tokenizer: ChatTokenizer) -> Sample:
     """Parse and tokenise the first conversations, and count the others without parsing them."""
-    bytes_read = 0
+    bytes_read = bytes_before = 0
 
     def advance(num_bytes: int) -> None:
-        nonlocal bytes_read
-        bytes_read += num_bytes
+        nonlocal bytes_read, bytes_before
+        bytes_before, bytes_read = bytes_read, bytes_read + num_bytes
 
-    path = Path(source.path)
-    records = read_records(path, advance)
+    records = read_records(Path(source.path), advance)
     first = list(islice(records, SAMPLE_CONVERSATIONS))
     batch, counts = build_items(
         first, source, source_id=source_id, tokenizer=tokenizer, max_length=config.model.max_length
     )
     number = len(first)
-    for _ in records:
-        number += 1
-        if bytes_read > COUNTED_BYTES:
-            size = path.stat().st_size
-            return Sample(
-                batch=batch,
-                counts=counts,
-                num_conversations=round(number * size / bytes_read),
-                exact=bytes_read >= size,
-            )
+    for number, _ in enumerate(records, number + 1):
+        if bytes_before > COUNTED_BYTES:
+            # The row at hand is the first of a block; those before it filled the bytes before.
+            number = round((number - 1) * Path(source.path).stat().st_size / bytes_before)
+            return Sample(batch=batch, counts=counts, num_conversations=number, exact=False)
     return Sample(batch=batch, counts=counts, num_conversations=number, exact=True)

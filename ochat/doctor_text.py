@@ -45,7 +45,7 @@ def check_embeddings(facts: Facts) -> Finding:
     name = "embeddings"
     if isinstance(facts.model, OchatError) or isinstance(facts.tokenizer, OchatError):
         return unchecked(name, "the base model's shape or the tokenizer")
-    base = AutoConfig.from_pretrained(facts.config.model.name_or_path).vocab_size
+    base = AutoConfig.from_pretrained(facts.config.model.name_or_path, local_files_only=True).vocab_size
     old = int(facts.config.model.config_overrides.get("vocab_size", base))
     new = len(facts.tokenizer)
     if facts.config.model.init == "random":

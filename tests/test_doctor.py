@@ -7,9 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from ochat import doctor_room, doctor_text
+from ochat import doctor_facts, doctor_room, doctor_text
 from ochat.config import Config
 from ochat.data.prepare import prepare
 from ochat.doctor import examine
@@ -24,8 +25,9 @@ GPT2 = '{"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_si
 
 
 @pytest.fixture(autouse=True)
-def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """No W&B key of whoever runs the tests."""
+def anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Neither the W&B key nor the GPU of whoever runs the tests."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -162,6 +164,14 @@ def test_a_full_disk_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert look(config, "disk").status == "fail"
 
 
+def test_room_is_for_the_checkpoints_kept_and_the_next(tmp_path: Path):
+    kept = make_experiment(tmp_path, "checkpoint.keep_last=3")
+    only_last = make_experiment(tmp_path, "checkpoint.keep_last=3", "checkpoint.save_every_epochs=null")
+
+    assert "for 4 checkpoint(s)" in look(kept, "disk").found
+    assert "for 1 checkpoint(s)" in look(only_last, "disk").found
+
+
 def test_checkpoints_that_are_there_need_no_room_again(tmp_path: Path):
     config = make_experiment(tmp_path)
     before = look(config, "disk").found
@@ -292,6 +302,17 @@ def test_a_source_is_sampled_and_its_conversations_counted(tmp_path: Path):
 
     assert found.status == "ok"
     assert found.found.startswith("250 conversations; of the first 200: 200 kept, 0 without a reply, 0 cut")
+
+
+def test_a_long_file_is_extrapolated_and_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = make_experiment(tmp_path)
+    write_rows(tmp_path / "crowd.jsonl", [chat("Hi", "the cat " * 40)] * 20_000)
+    assert look(config, "data: crowd").found.startswith("20,000 conversations")
+
+    monkeypatch.setattr(doctor_facts, "COUNTED_BYTES", 2 << 20)
+    about, number, *_ = look(config, "data: crowd").found.split()
+    assert about == "about"
+    assert int(number.replace(",", "")) == pytest.approx(20_000, rel=0.01)
 
 
 def test_a_bad_line_fails_with_file_and_line(tmp_path: Path):
