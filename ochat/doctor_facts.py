@@ -3,16 +3,20 @@
 Nothing here needs a GPU or loads weights: the model is built on torch's meta device, where parameters have shapes only.
 """
 
-import logging
+import socket
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import pyarrow as pa
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT as HUB
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ochat.backend import Backend, local_device, select_backend
@@ -23,11 +27,9 @@ from ochat.data.records import read_records
 from ochat.data.store import Manifest
 from ochat.data.template import Template, get_template
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer
-from ochat.errors import BackendError, CheckpointError, OchatError
+from ochat.errors import BackendError, CheckpointError, ConfigError, OchatError
 from ochat.model import load_model
 from ochat.training.setup import Setup, set_up
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -108,7 +110,7 @@ def gather(config: Config, *, num_gpus: int | None, gpu_memory_gib: float, prepa
         prepare_command=prepare_command,
     )
     template = _attempt(lambda: get_template(config.model.template))
-    tokenizer = _then(template, lambda t: load_tokenizer(config.tokenizer_name_or_path, t))
+    tokenizer = _then(template, lambda t: load_tokenizer(_within_reach(config.tokenizer_name_or_path), t))
     chat_tokenizer = _then(template, lambda t: _then(tokenizer, lambda found: ChatTokenizer(found, t)))
     backend = _attempt(lambda: _planned_backend(config, plan))
     manifest = _then(template, lambda t: _then(tokenizer, lambda found: check_prepared(config, t, found)))
@@ -147,6 +149,18 @@ def _then(found: T | OchatError, work: Callable[[T], U | OchatError]) -> U | Och
     return found if isinstance(found, OchatError) else _attempt(lambda: work(found))
 
 
+def _within_reach(name: str) -> str:
+    """The name, unless it is on the hub only and the hub is not to be found: transformers would try for minutes."""
+    if Path(name).is_dir() or getproxies() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return name
+    host = urlsplit(HUB).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as exc:
+        raise ConfigError(f"{name}: no such folder, not in the hub's cache, and {host} is out of reach.") from exc
+    return name
+
+
 def _planned_backend(config: Config, plan: Plan) -> Backend:
     """The backend of rank 0 where the run is meant to go; GPUs that are not here are taken to have bf16."""
     if config.engine.type == "torch" and plan.num_processes > 1:
@@ -161,6 +175,7 @@ def _planned_backend(config: Config, plan: Plan) -> Backend:
 
 def _model_shape(config: Config, tokenizer: PreTrainedTokenizerFast, backend: Backend) -> PreTrainedModel:
     """The model as training would build it, its vocabulary as long as the tokenizer, without any numbers in it."""
+    _within_reach(config.model.name_or_path)
     shape_only = config.model.model_copy(update={"init": "random", "gradient_checkpointing": False})
     with torch.device("meta"):
         return load_model(shape_only, tokenizer, backend, seed=0)

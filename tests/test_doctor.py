@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import socket
+import time
 from collections import namedtuple
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -251,6 +253,21 @@ def test_without_tokenizer_or_template_the_rest_is_unchecked_and_nothing_crashes
     assert look(config, "tokenizer").status == "fail"
     assert look(config, "chat template").status == "warn"
     assert look(config, "rows per step").status == "ok"
+    assert look(make_experiment(tmp_path), "tokenizer").status == "ok"
+
+
+def test_a_hub_out_of_reach_fails_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def nowhere(host: str, port: int):
+        raise OSError(f"{host}: name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    monkeypatch.setattr(doctor_facts, "getproxies", dict)
+    began = time.monotonic()
+    found = look(make_experiment(tmp_path, "model.tokenizer_name_or_path=nobody/nothing"), "tokenizer")
+
+    assert time.monotonic() - began < 10
+    assert found.status == "fail"
+    assert "out of reach" in found.found
     assert look(make_experiment(tmp_path), "tokenizer").status == "ok"
 
 
