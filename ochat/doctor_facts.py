@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT as HUB
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ochat.backend import Backend, local_device, select_backend
@@ -151,7 +152,13 @@ def _then(found: T | OchatError, work: Callable[[T], U | OchatError]) -> U | Och
 
 def _within_reach(name: str) -> str:
     """The name, unless it is on the hub only and the hub is not to be found: transformers would try for minutes."""
-    if Path(name).is_dir() or getproxies() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if Path(name).is_dir() or getproxies():
+        return name
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return name  # no name of the hub; the loader says so in its own words
+    if isinstance(cached, str):
         return name
     host = urlsplit(HUB).hostname
     try:
@@ -201,9 +208,10 @@ def _sample(config: Config, source: SourceConfig, source_id: int, tokenizer: Cha
         first, source, source_id=source_id, tokenizer=tokenizer, max_length=config.model.max_length
     )
     number = len(first)
-    for number, _ in enumerate(records, number + 1):
+    for _ in records:
         if bytes_before > COUNTED_BYTES:
-            # The row at hand is the first of a block; those before it filled the bytes before.
-            number = round((number - 1) * Path(source.path).stat().st_size / bytes_before)
-            return Sample(batch=batch, counts=counts, num_conversations=number, exact=False)
+            # The row at hand is the first of a block; the `number` before it filled the bytes before.
+            total = round(number * Path(source.path).stat().st_size / bytes_before)
+            return Sample(batch=batch, counts=counts, num_conversations=total, exact=False)
+        number += 1
     return Sample(batch=batch, counts=counts, num_conversations=number, exact=True)
