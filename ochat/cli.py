@@ -70,6 +70,24 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def doctor(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    num_gpus: Annotated[int | None, typer.Option(min=1, help="plan for so many; default: one process here")] = None,
+    gpu_memory_gib: Annotated[float, typer.Option(min=1, help="memory of each")] = 80.0,
+) -> None:
+    """Dry run without a GPU: what would go wrong, and the fix. Exit code 1 if anything would."""
+    from ochat.config import load_config
+    from ochat.doctor import examine, print_findings
+
+    loaded, command = load_config(config, overrides or ()), shlex.join(["ochat", "prepare", config, *(overrides or ())])
+    findings = examine(loaded, num_gpus=num_gpus, gpu_memory_gib=gpu_memory_gib, prepare_command=command)
+    if not print_findings(findings):
+        raise typer.Exit(1)
+    print(f"\nnext: {command}")
+
+
+@app.command()
 def chat(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="run folder or exported model")],
     message: Annotated[str | None, typer.Option("--message", "-m", help="ask this one thing and exit")] = None,

@@ -1,0 +1,161 @@
+"""The doctor's checks of room: GPU memory, host memory, disk. Facts in, findings out; the arithmetic is memory.py's."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from ochat.config import Config
+from ochat.doctor_facts import Facts, Finding, unchecked
+from ochat.errors import OchatError
+from ochat.memory import MemoryEstimate, ModelShape, RunShape, checkpoint_bytes, estimate_memory, loading_bytes
+from ochat.training.loss import CHUNK_ELEMENTS
+from ochat.training.state import CHECKPOINTS_NAME
+
+GIB = 2**30
+GPUS_PER_NODE = 8
+
+
+def check_memory(facts: Facts) -> Finding:
+    """The estimate for one process against the room it has, and what to change when that is too little."""
+    on_gpu = facts.plan.on_gpu
+    name = "GPU memory" if on_gpu else "memory to train"
+    if isinstance(facts.model, OchatError) or isinstance(facts.backend, OchatError):
+        return unchecked(name, "the base model's shape")
+    model, run = model_shape(facts), run_shape(facts)
+    room = facts.plan.gpu_memory_gib * GIB if on_gpu else host_memory_bytes() / run.num_processes
+    estimate, dtype = estimate_memory(model, run), str(facts.backend.dtype).removeprefix("torch.")
+    found = (
+        f"about {_gib(estimate.total)} of {_gib(room)} a process (an estimate): {_parts(estimate)}; assumes "
+        f"{run.num_processes} process(es), {dtype}, "
+        f"{_engine(facts.config)}, rows of {run.row_tokens:,} tokens all supervised, gradient checkpointing "
+        f"{'on' if run.gradient_checkpointing else 'off'}, fused attention, no fragmentation"
+    )
+    if estimate.total <= 0.9 * room:
+        return Finding(name=name, status="ok", found=found)
+    fixes = list(_what_would_fit(facts.config, model, run, 0.9 * room))
+    fix = f"One of: {'; '.join(fixes)}." if fixes else "A smaller model, or more and larger GPUs."
+    if not on_gpu:
+        fix += " Or plan for GPUs: --num-gpus N."
+    status = "fail" if estimate.total > room else "warn"
+    return Finding(name=name, status=status, found=found, fix=fix)  # type: ignore[arg-type]
+
+
+def model_shape(facts: Facts) -> ModelShape:
+    assert not isinstance(facts.model, OchatError)
+    model, config = facts.model, facts.model.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelShape(
+        num_parameters=model.num_parameters(),
+        largest_parameter=max(parameter.numel() for parameter in model.parameters()),
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        query_size=config.num_attention_heads * head_size,
+        key_size=config.num_key_value_heads * head_size,
+        num_heads=config.num_attention_heads,
+        mlp_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+    )
+
+
+def run_shape(facts: Facts) -> RunShape:
+    assert not isinstance(facts.backend, OchatError)
+    config = facts.config
+    return RunShape(
+        deepspeed=config.engine.type == "deepspeed",
+        zero_stage=config.engine.zero_stage,
+        num_processes=facts.plan.num_processes,
+        param_bytes=torch.finfo(facts.backend.dtype).bits // 8,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        row_tokens=config.batch.micro_batch_tokens,
+        chunk_elements=CHUNK_ELEMENTS,
+        on_gpu=facts.plan.on_gpu,
+    )
+
+
+def _what_would_fit(config: Config, model: ModelShape, run: RunShape, room: float) -> Iterator[str]:
+    """Single changes after which the estimate is within `room`, the cheapest first."""
+    changes = [("model.gradient_checkpointing=true", replace(run, gradient_checkpointing=True))]
+    if run.deepspeed:
+        changes.append(("engine.zero_stage=2", replace(run, zero_stage=2)))
+    both = replace(run, gradient_checkpointing=True, zero_stage=2)
+    tokens = run.row_tokens // 2
+    while tokens >= config.model.max_length:
+        changes.append((f"batch.micro_batch_tokens={tokens}", replace(run, row_tokens=tokens)))
+        tokens //= 2
+    if run.deepspeed:
+        for processes in (2**n for n in range(1, 8)):
+            if processes > run.num_processes:
+                changes.append(
+                    (f"{processes} GPUs with ZeRO-2 and checkpointing", replace(both, num_processes=processes))
+                )
+    kinds = set()
+    for text, changed in changes:
+        kind = text.split("=")[0].lstrip("0123456789 ")
+        if changed != run and kind not in kinds and estimate_memory(model, changed).total <= room:
+            kinds.add(kind)
+            yield text
+
+
+def _parts(estimate: MemoryEstimate) -> str:
+    names = ("parameters", "gradients", "optimizer", "buckets", "activations", "working", "overhead")
+    return ", ".join(f"{name} {_gib(getattr(estimate, name))}" for name in names if getattr(estimate, name))
+
+
+def _engine(config: Config) -> str:
+    return f"ZeRO-{config.engine.zero_stage}" if config.engine.type == "deepspeed" else "the torch engine"
+
+
+def host_memory_bytes() -> int:
+    """This machine's memory, not what is free of it just now."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_host_memory(facts: Facts) -> Finding:
+    name = "host memory"
+    if isinstance(facts.model, OchatError) or isinstance(facts.backend, OchatError):
+        return unchecked(name, "the base model's shape")
+    run, processes = run_shape(facts), min(facts.plan.num_processes, GPUS_PER_NODE)
+    random_init = facts.config.model.init == "random"
+    needed = loading_bytes(
+        facts.model.num_parameters(), run.param_bytes, processes_on_node=processes, random_init=random_init
+    )
+    found = (
+        f"{_gib(needed)} to load the model in {processes} process(es) of a node, this machine has "
+        f"{_gib(host_memory_bytes())}"
+    )
+    if needed <= host_memory_bytes():
+        return Finding(name=name, status="ok", found=found)
+    if facts.plan.elsewhere:
+        fix = "Check the node that will train, or start fewer processes on each."
+        return Finding(name=name, status="warn", found=found, fix=fix)
+    return Finding(name=name, status="fail", found=found, fix="Start fewer processes on each node.")
+
+
+def check_disk(facts: Facts) -> Finding:
+    name = "disk"
+    config, run_dir = facts.config, facts.config.run_dir
+    if isinstance(facts.model, OchatError) or isinstance(facts.backend, OchatError):
+        return unchecked(name, "the base model's shape")
+    run, parameters = run_shape(facts), facts.model.num_parameters()
+    only_last = config.checkpoint.save_every_epochs is None and config.checkpoint.save_every_steps is None
+    number = 1 if only_last else config.checkpoint.keep_last + 1  # the new one is whole before the oldest goes
+    one, export = checkpoint_bytes(parameters, run), parameters * run.param_bytes
+    there = sum(file.stat().st_size for file in (run_dir / CHECKPOINTS_NAME).rglob("*") if file.is_file())
+    needed = max(0, number * one - there) + export
+    place = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    found = (
+        f"{_gib(needed)} for {number} checkpoint(s) of {_gib(one)} and an export of {_gib(export)}; "
+        f"{_gib(free)} free at {place}"
+    )
+    if needed <= free:
+        return Finding(name=name, status="ok", found=found)
+    fix = "Set run.output_dir to a larger disk, or lower checkpoint.keep_last."
+    return Finding(name=name, status="warn" if facts.plan.elsewhere else "fail", found=found, fix=fix)
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"

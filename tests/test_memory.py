@@ -1,0 +1,171 @@
+"""The estimate by hand: P = 100 parameters on small numbers, and Llama 3 8B against the published figures.
+
+What a layer keeps is also counted on a real one.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ochat.memory import (
+    BUCKET_ELEMENTS,
+    GPU_OVERHEAD_BYTES,
+    ModelShape,
+    RunShape,
+    checkpoint_bytes,
+    estimate_memory,
+    layer_bytes_per_token,
+    loading_bytes,
+)
+
+TINY = ModelShape(
+    num_parameters=100, largest_parameter=40, num_layers=3, hidden_size=2, query_size=4, key_size=2, num_heads=2,
+    mlp_size=5, vocab_size=20,
+)  # fmt: skip
+CPU = RunShape(
+    deepspeed=True, zero_stage=2, num_processes=4, param_bytes=2, gradient_checkpointing=True, row_tokens=10,
+    chunk_elements=60, on_gpu=False,
+)  # fmt: skip
+LLAMA_3_8B = ModelShape(
+    num_parameters=8_030_261_248, largest_parameter=128_256 * 4096, num_layers=32, hidden_size=4096, query_size=4096,
+    key_size=1024, num_heads=32, mlp_size=14336, vocab_size=128_256,
+)  # fmt: skip
+EIGHT_GPUS = replace(CPU, num_processes=8, row_tokens=40_960, chunk_elements=2**26, on_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "width", "states"),
+    [
+        # parameters, gradients, optimizer of 100 parameters on 4 processes: a share is 25
+        (0, 4, (400, 400, 800)),
+        (1, 4, (400, 400 + 100, 300)),
+        (2, 4, (400, 100, 300)),
+        (1, 2, (200, 200 + 400, 300)),
+        (2, 2, (200, 100, 300)),
+        # two gathered layers: 2 x (2 x (4 + 2) + 3 x 5) x 2 = 108 elements, and the largest parameter, 40
+        (3, 2, (2 * (25 + 108 + 40), 100, 300)),
+    ],
+)
+def test_model_states_follow_the_table(stage: int, width: int, states: tuple[int, int, int]):
+    estimate = estimate_memory(TINY, replace(CPU, zero_stage=stage, param_bytes=width))
+
+    assert (estimate.parameters, estimate.gradients, estimate.optimizer) == states
+
+
+def test_the_torch_engine_holds_parameters_gradients_and_two_moments_in_fp32():
+    estimate = estimate_memory(TINY, replace(CPU, deepspeed=False, param_bytes=4, num_processes=1))
+
+    assert (estimate.parameters, estimate.gradients, estimate.optimizer, estimate.buckets) == (400, 400, 800, 0)
+
+
+def test_a_share_that_does_not_divide_is_rounded_up():
+    estimate = estimate_memory(TINY, replace(CPU, num_processes=3))
+
+    assert estimate.optimizer == 12 * 34
+
+
+def test_a_layer_by_hand():
+    # bf16: norms 2 x ((4 + 4) x 2 + 4) = 40, attention 2 x (4 + 2) x 2 + 4 x 2 = 32, MLP 4 x 5 x 2 = 40
+    assert layer_bytes_per_token(TINY, 2) == 112
+    # fp32: norms 2 x (12 x 2 + 4) = 56, attention 48 + 8, MLP 80
+    assert layer_bytes_per_token(TINY, 4) == 192
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_is_what_autograd_keeps_of_a_transformers_layer(dtype: torch.dtype):
+    shape = replace(TINY, hidden_size=64, query_size=64, key_size=32, num_heads=4, mlp_size=224)
+
+    kept = saved_bytes(2, dtype) - saved_bytes(1, dtype)
+
+    assert kept == NUM_TOKENS * layer_bytes_per_token(shape, dtype.itemsize)
+
+
+NUM_TOKENS = 64
+
+
+def saved_bytes(num_layers: int, dtype: torch.dtype) -> int:
+    """Storage that the forward pass of a small Llama keeps for its backward pass, parameters aside."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=224, num_hidden_layers=num_layers, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = model.get_decoder()(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long), use_cache=False)
+    assert output.last_hidden_state.requires_grad
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+
+def test_checkpointing_keeps_a_layers_input_and_recomputes_one_layer():
+    # kept: 3 layers x 10 tokens x 2 x 2 bytes; working: one layer 1120 + gradients 10 x (15 + 4) x 2
+    estimate = estimate_memory(TINY, CPU)
+
+    assert (estimate.activations, estimate.working) == (120, 1120 + 380)
+
+
+def test_without_checkpointing_every_layer_is_kept_and_none_recomputed():
+    # the LM head: hidden and its gradient 2 x 10 x 2 x 2 = 80, forward 6 x 40 + 8 x 60 = 720, backward 10 x 40
+    estimate = estimate_memory(TINY, replace(CPU, gradient_checkpointing=False))
+
+    assert (estimate.activations, estimate.working) == (3 * 1120, 80 + 720)
+
+
+def test_logits_are_never_more_than_the_rows_tokens():
+    # 1 token x 20 words = 20 logits, fewer than the chunk's 60; forward 240 + 160 against backward 400
+    short = replace(CPU, row_tokens=1, gradient_checkpointing=False)
+
+    assert estimate_memory(TINY, short).working == 8 + 400
+    assert estimate_memory(TINY, replace(short, chunk_elements=10)).working == 8 + 400
+    assert estimate_memory(TINY, replace(short, row_tokens=4)).working == 32 + 240 + 8 * 60
+
+
+def test_a_gpu_has_whole_buckets_and_a_context():
+    estimate = estimate_memory(TINY, replace(CPU, on_gpu=True))
+
+    assert estimate.buckets == 3 * 2 * BUCKET_ELEMENTS + 4 * BUCKET_ELEMENTS
+    assert estimate.overhead == GPU_OVERHEAD_BYTES
+    assert estimate_memory(TINY, CPU).buckets == 2 * 2 * 100 + 4 * 100
+    assert estimate_memory(TINY, CPU).overhead == 0
+    assert estimate_memory(TINY, replace(CPU, on_gpu=True, zero_stage=1)).buckets == 0
+
+
+def test_the_total_is_the_sum_of_its_parts():
+    estimate = estimate_memory(TINY, CPU)
+
+    assert estimate.total == 200 + 100 + 300 + 800 + 120 + 1500
+
+
+def states_gb(stage: int) -> float:
+    estimate = estimate_memory(LLAMA_3_8B, replace(EIGHT_GPUS, zero_stage=stage))
+    return (estimate.parameters + estimate.gradients + estimate.optimizer) / 1e9
+
+
+def test_llama_3_8b_on_8_gpus_has_the_published_model_states():
+    """PERFORMANCE.md: ZeRO-2 30-32 GB; ZeRO-3 16 GB + layers, which counts gradients in bf16, ours are fp32: 18 GB."""
+    layers_gb = 2 * (2 * (2 * 5120 + 3 * 14336) * 4096 + 128_256 * 4096) / 1e9
+
+    assert 30 <= states_gb(2) <= 32.2
+    assert states_gb(3) - layers_gb == pytest.approx(16 + 2, abs=0.1)
+
+
+def test_zero_1_in_bf16_costs_a_whole_fp32_gradient_more_than_the_published_44_gb():
+    assert states_gb(1) == pytest.approx(44.2 + 4 * 8.03, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "stage", "width", "per_parameter"), [(True, 2, 2, 14), (True, 0, 4, 12), (False, 2, 4, 12)]
+)
+def test_a_checkpoint_on_disk(deepspeed: bool, stage: int, width: int, per_parameter: int):
+    run = replace(CPU, deepspeed=deepspeed, zero_stage=stage, param_bytes=width)
+
+    assert checkpoint_bytes(100, run) == 100 * per_parameter
+
+
+def test_loading_holds_a_copy_per_process_and_random_weights_are_drawn_in_fp32():
+    assert loading_bytes(100, 2, processes_on_node=8, random_init=False) == 1600
+    assert loading_bytes(100, 2, processes_on_node=8, random_init=True) == 3200
