@@ -2,6 +2,7 @@
 
     PREPARED/train/         Arrow files; `datasets.load_from_disk(PREPARED/train)` opens them
     PREPARED/manifest.json  written last: what made the dataset, and what is in it
+    PREPARED/report.json    the report of the last `ochat prepare`; nothing reads it here
 
 A folder with a manifest is complete: it is filled under another name, then moved into place.
 N items (conversations), n tokens of one item.
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 
 from ochat.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "report.json"
 TRAIN_SPLIT = "train"
 
 SCHEMA = pa.schema(
@@ -98,7 +100,7 @@ def check_replaceable(prepared_dir: Path) -> None:
 def _may_replace(folder: Path) -> bool:
     """Whether a folder is empty, or holds nothing but what we write and is complete."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    return not names or (MANIFEST_NAME in names and names <= {MANIFEST_NAME, TRAIN_SPLIT})
+    return not names or (MANIFEST_NAME in names and names <= {MANIFEST_NAME, REPORT_NAME, TRAIN_SPLIT})
 
 
 def write_split(batches: Iterator[pa.RecordBatch], folder: Path) -> None:
@@ -125,9 +127,9 @@ class PreparedSplit:
         self._starts = np.cumsum([0] + [batch.num_rows for batch in batches])
         self._input_ids = [_list_views(batch.column("input_ids")) for batch in batches]
         self._token_weights = [_list_views(batch.column("token_weights")) for batch in batches]
-        offsets = (offsets for offsets, _ in self._input_ids)
-        self.lengths: NDArray[np.int32] = np.concatenate([np.diff(o) for o in offsets])
-        self._table = pa.Table.from_batches(batches)
+        lengths = [np.diff(offsets) for offsets, _ in self._input_ids]
+        self.lengths: NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *lengths])
+        self._table = pa.Table.from_batches(batches) if batches else SCHEMA.empty_table()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
