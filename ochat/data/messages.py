@@ -128,7 +128,7 @@ def number(value: object, key: str, where: str, minimum: float = -MAX_NUMBER) ->
     if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value <= MAX_NUMBER:
         bound = f" of at least {minimum:g}" if minimum == 0 else ""
         raise RowError(
-            f"{where}: `{key}` is {str(value)[:40]}, expected a finite number{bound} (in float32).", f"bad {key}"
+            f"{where}: `{key}` is {repr(value)[:40]}, expected a finite number{bound} (in float32).", f"bad {key}"
         )
     return float(value)
 

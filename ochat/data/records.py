@@ -24,6 +24,7 @@ import zstandard
 
 from ochat.config import SourceConfig
 from ochat.data.hub import hub_rows, is_hub
+from ochat.data.keys import LIST_KEYS
 from ochat.data.problems import RowError
 from ochat.errors import DataError
 
@@ -129,6 +130,11 @@ def _array_items(stream: io.BufferedIOBase, path: Path) -> Iterator[Record]:
     content = stream.read()
     _check_encoding(content, path)
     rows = parse_line(content, str(path))
+    if isinstance(rows, dict) and rows.keys() & set(LIST_KEYS):
+        raise DataError(
+            f"{path}: expected a JSON array of chats, found one chat. Put it into brackets: jq '[.]' {path.name} > "
+            f"chats.json, or save it on one line as .jsonl."
+        )
     if isinstance(rows, dict) and (wrapper := next((k for k, v in rows.items() if isinstance(v, list)), None)):
         raise DataError(
             f"{path}: expected a JSON array of chats, found one object with a list under `{wrapper}`. If that is the "

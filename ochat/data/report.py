@@ -33,13 +33,13 @@ def print_report(config: Config, manifest: Manifest) -> None:
         for key in ("dropped", "noticed"):
             if numbers[key]:
                 found = ", ".join(f"{number:,} {what}" for what, number in numbers[key].items())
-                console.print(f"{name}: {key} {found}", markup=False, highlight=False)
+                console.print(f"{name}: {key} {found}", markup=False, highlight=False, soft_wrap=True)
         if weights := numbers["item_weights"]:
             found = "  ".join(f"{what} {weight:.3g}" for what, weight in weights.items())
-            console.print(f"{name}: weights from rewards  {found}", markup=False, highlight=False)
+            console.print(f"{name}: weights from rewards  {found}", markup=False, highlight=False, soft_wrap=True)
     for warning in report["warnings"]:
         log.warning("%s", warning)
-        console.print(f"warning: {warning}", markup=False, highlight=False)
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
 def make_report(config: Config, manifest: Manifest) -> dict[str, Any]:

@@ -112,7 +112,9 @@ def write_split(batches: Iterator[pa.RecordBatch], folder: Path) -> None:
         for batch in batches:
             writer.write_batch(batch)
     datasets.disable_progress_bars()
-    datasets.Dataset.from_file(str(stream)).save_to_disk(str(folder))
+    dataset = datasets.Dataset.from_file(str(stream))
+    # By itself it gives an empty dataset no file at all, and cannot open that again.
+    dataset.save_to_disk(str(folder), num_shards=None if len(dataset) else 1)
     stream.unlink()
 
 
