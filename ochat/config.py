@@ -17,6 +17,7 @@ from ochat.config_yaml import dump_yaml, parse_yaml
 from ochat.errors import ConfigError
 
 CONFIG_NAME = "config.json"
+HUB_PREFIX = "hf:"
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -78,10 +79,14 @@ class SourceConfig(Section):
     name: Annotated[str, AfterValidator(_named)]
     """How reports and metrics call this source."""
     path: str
-    """The chat file: .jsonl or .json, optionally .gz."""
+    """The chat file (.jsonl, .json or .parquet; the first two also .gz or .zst), or `hf:NAME` for a hub dataset."""
+    subset: str | None = None
+    """For `hf:` only: which configuration of the dataset."""
+    split: str | None = None
+    """For `hf:` only: which split; null is `train`."""
     condition: str = ""
     """The class written into the prompt, for example `GPT4`. A row's own condition wins; empty is unconditioned."""
-    format: Literal["auto", "sharegpt", "openai", "openchat"] = "auto"
+    format: Literal["auto", "sharegpt", "openai", "openchat", "alpaca", "dolly", "orca", "history"] = "auto"
     """Row format; `auto` looks at each row's keys."""
     weight: NonNegative | None = None
     """Loss weight of every supervised token of this source (1.0 when neither weight nor reward is given)."""
@@ -89,6 +94,8 @@ class SourceConfig(Section):
     """Coarse reward; the weight becomes exp((reward - highest reward) / loss.beta)."""
     reward_field: str | None = None
     """Key of each row that holds its reward."""
+    reward_clip: tuple[float, float] | None = None
+    """[lowest, highest]: a row's reward outside is taken as the nearer bound; for `reward_field` only."""
 
 
 class DataConfig(Section):
@@ -98,6 +105,20 @@ class DataConfig(Section):
     """The classes of data, each with its condition and its weight."""
     num_proc: Count | None = None
     """Processes that tokenise; null takes one per core."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """Rows that cannot be read: `raise` shows the first five and stops; `skip` leaves them out and counts them."""
+    overlong: Literal["truncate", "split", "drop"] = "truncate"
+    """Chats beyond model.max_length: cut off, cut between turns into several, or left out."""
+    empty_turns: Literal["keep", "trim", "drop"] = "keep"
+    """Turns with nothing to be seen in them: kept, taken out, or the whole chat left out."""
+    assistant_first: Literal["keep", "trim", "drop"] = "keep"
+    """Chats that begin with the assistant: kept, begun at the first user, or left out."""
+    same_role: Literal["keep", "merge", "drop"] = "keep"
+    """One role twice in a row: kept, made one turn with an empty line between (if weights agree), or chat left out."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Chats with the very same turns, across all sources: all kept, or only the first. Counted in any case."""
+    hygiene: Literal["keep", "clean"] = "keep"
+    """`clean` removes control characters, makes newlines LF and replaces broken characters; `keep` refuses the last."""
 
 
 class LossConfig(Section):
@@ -224,6 +245,7 @@ class Config(Section):
             )
         _check_names(self.data.sources)
         _check_rewards(self.data.sources, self.loss.beta)
+        _check_fields_in_use(self.data.sources)
         return self
 
 
@@ -256,6 +278,22 @@ def _check_rewards(sources: Sequence[SourceConfig], beta: float | None) -> None:
         raise ValueError(
             f"loss.beta: is {beta} and has no effect: no source has a reward. Remove one or give the other."
         )
+
+
+def _check_fields_in_use(sources: Sequence[SourceConfig]) -> None:
+    """A field without effect is a mistake that would go unnoticed."""
+    for i, source in enumerate(sources):
+        for key in ("subset", "split"):
+            if getattr(source, key) is not None and not source.path.startswith(HUB_PREFIX):
+                raise ValueError(
+                    f"data.sources.{i}.{key}: has no effect on a file. Remove it, or write path: {HUB_PREFIX}NAME "
+                    f"for a dataset of the hub."
+                )
+        if source.reward_clip is not None:
+            if source.reward_field is None:
+                raise ValueError(f"data.sources.{i}.reward_clip: has no effect without reward_field. Remove it.")
+            if source.reward_clip[0] > source.reward_clip[1]:
+                raise ValueError(f"data.sources.{i}.reward_clip: is {list(source.reward_clip)}, expected [low, high].")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

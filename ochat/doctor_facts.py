@@ -22,13 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ochat.backend import Backend, local_device, select_backend
 from ochat.config import Config, SourceConfig
-from ochat.data.items import Counts, build_items
+from ochat.data.counts import Counts
+from ochat.data.items import build_items, settle
 from ochat.data.prepare import check_prepared
 from ochat.data.records import read_records
 from ochat.data.store import Manifest
 from ochat.data.template import Template, get_template
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer
-from ochat.errors import BackendError, CheckpointError, ConfigError, OchatError
+from ochat.errors import BackendError, CheckpointError, ConfigError, DataError, OchatError
 from ochat.model import load_model
 from ochat.training.setup import Setup, set_up
 
@@ -204,9 +205,12 @@ def _sample(config: Config, source: SourceConfig, source_id: int, tokenizer: Cha
 
     records = read_records(Path(source.path), advance)
     first = list(islice(records, SAMPLE_CONVERSATIONS))
-    batch, counts = build_items(
-        first, source, source_id=source_id, tokenizer=tokenizer, max_length=config.model.max_length
+    chunk = build_items(
+        first, source, config.data, source_id=source_id, tokenizer=tokenizer, max_length=config.model.max_length
     )
+    if chunk.problems and config.data.on_error == "raise":
+        raise DataError(chunk.problems[0].message)
+    batch, counts = settle(chunk, {}, drop_duplicates=config.data.duplicates == "drop")
     number = len(first)
     for _ in records:
         if bytes_before > COUNTED_BYTES:

@@ -360,3 +360,29 @@ def test_every_user_error_is_an_ochat_error() -> None:
     kinds = [errors.ConfigError, errors.DataError, errors.TemplateError, errors.CheckpointError, errors.BackendError]
     assert all(issubclass(kind, OchatError) for kind in kinds)
     assert not issubclass(AssertionError, OchatError)
+
+
+# --- fields of a source that would have no effect
+
+
+@pytest.mark.parametrize("key", ["subset", "split"])
+def test_a_part_of_a_hub_dataset_needs_a_hub_dataset(tmp_path: Path, key: str) -> None:
+    text = mistake(write(tmp_path), f"data.sources.0.{key}=test")
+    assert f"`data.sources.0.{key}` has no effect on a file" in text
+    hub = load_config(write(tmp_path), [f"data.sources.0.{key}=test", "data.sources.0.path=hf:owner/name"])
+    assert getattr(hub.data.sources[0], key) == "test"
+
+
+def test_a_clip_needs_a_reward_field_and_bounds_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path, REWARDED.replace("reward: 1", "reward_field: score"))
+    assert load_config(path, ["data.sources.0.reward_clip=[-1, 2.5]"]).data.sources[0].reward_clip == (-1.0, 2.5)
+    assert "`data.sources.0.reward_clip` is [2.0, 1.0], expected [low, high]" in mistake(
+        path, "data.sources.0.reward_clip=[2, 1]"
+    )
+    assert "`data.sources.1.reward_clip` has no effect without reward_field" in mistake(
+        path, "data.sources.1.reward_clip=[1, 2]"
+    )
+
+
+def test_a_policy_that_does_not_exist_gets_the_nearest(tmp_path: Path) -> None:
+    assert "Did you mean 'merge'?" in mistake(write(tmp_path), "data.same_role=merged")

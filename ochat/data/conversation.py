@@ -1,49 +1,21 @@
-"""One chat row of any supported format becomes a `Conversation`, or a DataError that says where and why not.
+"""One chat row of any supported format becomes a `Conversation`, or a RowError that says where and why not.
 
-ShareGPT   {"conversations": [{"from": "human", "value": "Hi"}, ...]}
-OpenAI     {"messages": [{"role": "user", "content": "Hi"}, ...]}
-OpenChat   {"items": [{"role": "user", "content": "Hi", "weight": 0.0}, ...], "condition": "GPT4", "system": "..."}
+    {"messages": [{"role": "user", "content": "Hi"}, ...], "condition": "GPT4", "system": "...", "weight": 0.5}
 
-Content is never changed here: it reaches the tokenizer as it was written.
+The list of messages is formats.py's business; here is what every format shares. Content reaches the tokenizer as it
+was written, unless the caller brings a function that cleans it.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-import numpy as np
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ochat.config import SourceConfig
-from ochat.errors import DataError
+from ochat.data.formats import read_messages
+from ochat.data.messages import ROLE_NAMES, ROLES, Message, Role, number
+from ochat.data.problems import RowError
 
-# Weights and rewards are stored in float32: what is finite there.
-MAX_NUMBER = float(np.finfo(np.float32).max)
-
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = get_args(Role)
-ROLE_NAMES: Mapping[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-}
-# format -> (key of the list, key of a message's role, key of its content)
-FORMATS: Mapping[str, tuple[str, str, str]] = {
-    "sharegpt": ("conversations", "from", "value"),
-    "openai": ("messages", "role", "content"),
-    "openchat": ("items", "role", "content"),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One turn. `weight` multiplies the loss of its content and end-of-turn; 0 is context, never trained."""
-
-    role: Role
-    content: str
-    weight: float = 0.0
+__all__ = ["ROLES", "ROLE_NAMES", "Conversation", "Message", "Role", "parse_conversation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,89 +28,60 @@ class Conversation:
     reward: float | None = None
 
 
-def parse_conversation(row: object, source: SourceConfig, where: str) -> Conversation:
-    """Turn one decoded JSON row into a Conversation; a row's own condition, system message and weights win.
+def parse_conversation(
+    row: object, source: SourceConfig, where: str, clean: Callable[[str], str] | None = None
+) -> Conversation:
+    """Turn one decoded row into a Conversation; a row's own condition, system message and weights win.
 
     where  "file:line", heads every error message
+    clean  applied to every text before it is checked; None leaves texts as they are
     """
+    if isinstance(row, list) and source.format in ("auto", "openai"):
+        row = {"messages": row}
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}.")
-    list_key, role_key, content_key = FORMATS[_format_of(row, source, where)]
-    items = row[list_key]
-    if not isinstance(items, list) or not items:
-        raise DataError(f"{where}: `{list_key}` must be a list with at least one message. Drop the row or fill it.")
-    messages = [_message(item, role_key, content_key, f"{where}: message {n}") for n, item in enumerate(items, 1)]
-    if system := _text(row, "system", where):
+        raise RowError(f"{where}: expected a JSON object, found {type(row).__name__}.", "no object")
+    weight = None if row.get("weight") is None else number(row["weight"], "weight", where, minimum=0.0)
+    messages = read_messages(row, source.format, where, weight)
+    if system := _system(row, where):
         messages.insert(0, Message(role="system", content=system))
     condition = _text(row, "condition", where)
+    condition = (source.condition if condition is None else condition).strip()
+    if clean is not None:
+        messages = [replace(m, content=clean(m.content)) for m in messages]
+        condition = clean(condition)
+    for n, message in enumerate(messages, 1):
+        _check_characters(message.content, f"message {n}", where)
+    _check_characters(condition, "`condition`", where)
     return Conversation(
-        messages=tuple(messages),
-        condition=(source.condition if condition is None else condition).strip(),
-        source=source.name,
-        reward=_reward(row, source, where),
+        messages=tuple(messages), condition=condition, source=source.name, reward=_reward(row, source, where)
     )
 
 
-def _format_of(row: Mapping[str, Any], source: SourceConfig, where: str) -> str:
-    if source.format != "auto":
-        if FORMATS[source.format][0] not in row:
-            raise DataError(
-                f"{where}: format {source.format!r} needs the key `{FORMATS[source.format][0]}`, found {_keys(row)}."
-            )
-        return source.format
-    found = [name for name, (key, _, _) in FORMATS.items() if key in row]
-    if len(found) != 1:
-        known = ", ".join(f"`{key}` ({name})" for name, (key, _, _) in FORMATS.items())
-        problem = f"several formats at once ({', '.join(found)})" if found else f"the keys {_keys(row)}"
-        raise DataError(
-            f"{where}: cannot tell the format from {problem}. Known keys: {known}. Set the source's `format`."
-        )
-    return found[0]
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    shown = ", ".join(f"`{key}`" for key in list(row)[:8])
-    return shown or "none"
-
-
-def _message(item: object, role_key: str, content_key: str, where: str) -> Message:
-    if not isinstance(item, dict) or role_key not in item or content_key not in item:
-        found = _keys(item) if isinstance(item, dict) else type(item).__name__
-        raise DataError(f"{where}: needs `{role_key}` and `{content_key}`, found {found}.")
-    name, content = item[role_key], item[content_key]
-    role = ROLE_NAMES.get(name) if isinstance(name, str) else None
-    if role is None:
-        known = ", ".join(ROLE_NAMES)
-        raise DataError(f"{where} has role {name!r}. Known roles: {known}. Rename it in the file, or drop the row.")
-    if not isinstance(content, str):
-        raise DataError(f"{where}: `{content_key}` must be text, found {type(content).__name__}.")
-    _check_characters(content, content_key, where)
-    weight = item.get("weight")
-    if weight is None:
-        return Message(role=role, content=content, weight=1.0 if role == "assistant" else 0.0)
-    number = _number(weight, "weight", where, minimum=0.0)
-    if role == "system" and number > 0:
-        raise DataError(f"{where}: a system message has weight {number:g}; it is never trained. Set it to 0.")
-    return Message(role=role, content=content, weight=number)
+def _system(row: Mapping[str, Any], where: str) -> str | None:
+    """`system`, or `system_prompt` as Orca and others call it."""
+    system, prompt = _text(row, "system", where), _text(row, "system_prompt", where)
+    if system and prompt and system != prompt:
+        raise RowError(f"{where}: `system` and `system_prompt` differ. Keep one of them.", "two system texts")
+    return system or prompt
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str | None:
     value = row.get(key)
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{where}: `{key}` must be text, found {type(value).__name__}.")
-    if value is not None:
-        _check_characters(value, key, where)
+        raise RowError(f"{where}: `{key}` must be text, found {type(value).__name__}.", f"bad {key}")
     return value
 
 
-def _check_characters(text: str, key: str, where: str) -> None:
+def _check_characters(text: str, what: str, where: str) -> None:
     """JSON can spell half of a character ("\\ud83d" alone), which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as exc:
         half = f"U+{ord(text[exc.start]):04X}"
-        raise DataError(
-            f"{where}: `{key}` has half a character ({half}) at {exc.start}. Delete it, or drop the row."
+        raise RowError(
+            f"{where}: {what} has half a character ({half}) at {exc.start}. Delete it, drop the row, or set "
+            f"data.hygiene=clean.",
+            "half a character",
         ) from exc
 
 
@@ -146,14 +89,8 @@ def _reward(row: Mapping[str, Any], source: SourceConfig, where: str) -> float |
     if source.reward_field is None:
         return None
     if source.reward_field not in row:
-        raise DataError(
-            f"{where}: source {source.name!r} takes its rewards from `{source.reward_field}`, missing here."
+        raise RowError(
+            f"{where}: source {source.name!r} takes its rewards from `{source.reward_field}`, missing here.",
+            "no reward",
         )
-    return _number(row[source.reward_field], source.reward_field, where)
-
-
-def _number(value: object, key: str, where: str, minimum: float = -MAX_NUMBER) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value <= MAX_NUMBER:
-        bound = f" of at least {minimum:g}" if minimum == 0 else ""
-        raise DataError(f"{where}: `{key}` is {str(value)[:40]}, expected a finite number{bound} (in float32).")
-    return float(value)
+    return number(row[source.reward_field], source.reward_field, where)

@@ -1,105 +1,231 @@
-"""A run of records becomes rows of the prepared dataset, and the counts of what happened to them."""
+"""A run of records becomes rows of the prepared dataset, and the counts of what happened to them.
 
+Two halves: `build_items` runs in a worker and sees one run of records; `settle` runs where all runs come together, in
+order, and so can tell a duplicate.
+"""
+
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from ochat.config import SourceConfig
-from ochat.data.conversation import parse_conversation
+from ochat.config import DataConfig, SourceConfig
+from ochat.data.conversation import Conversation, parse_conversation
+from ochat.data.counts import Counts
+from ochat.data.overlong import split_turns, truncate
+from ochat.data.policies import apply_policies, cleaned, is_ugly
+from ochat.data.problems import Problem, RowError
 from ochat.data.records import Record, parse_line
 from ochat.data.replies import reply_starts
 from ochat.data.store import SCHEMA
 from ochat.data.tokenize import ChatTokenizer, TokenizedConversation
-from ochat.errors import DataError, TemplateError
+from ochat.errors import TemplateError
+
+DUPLICATE, ACROSS = "duplicate", "duplicate of another source"
+NO_REPLY, OVERLONG = "no reply", "over-long"
 
 
-@dataclass(slots=True, kw_only=True)
-class Counts:
-    """What became of a source's conversations. Sums; filled while preparing.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row to be, and what was lost on the way to it.
 
-    truncated             kept, but cut to model.max_length
-    dropped_unsupervised  nothing with a weight in them, before or after the cut
-    cut_tokens            tokens beyond model.max_length
-    trimmed_tokens        context after the last supervised token, which no gradient reaches
-    conditions            conversations kept, under each condition
+    chat      position of its conversation among those of the run that are kept
+    cut       tokens beyond the limit
+    trimmed   tokens after the last supervised one
     """
 
-    read: int = 0
-    kept: int = 0
-    truncated: int = 0
-    dropped_unsupervised: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    cut_tokens: int = 0
-    trimmed_tokens: int = 0
-    weight_sum: float = 0.0
-    conditions: dict[str, int] = field(default_factory=dict)
+    chat: int
+    line: int
+    item: TokenizedConversation
+    cut: int
+    trimmed: int
+    condition: str
+    reward: float | None
 
-    def add(self, other: "Counts") -> None:
-        for f in fields(self):
-            if f.name != "conditions":
-                setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
-        for condition, number in other.conditions.items():
-            self.conditions[condition] = self.conditions.get(condition, 0) + number
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What became of a run of records.
+
+    batch      the rows; `chats`, `cut`, `trimmed` and `conditions` have an entry for each
+    digests    of every kept conversation's turns; two that are equal have the same text
+    counts     read, dropped and noticed; `settle` adds the rest
+    problems   rows that could not be read
+    """
+
+    source_id: int
+    batch: pa.RecordBatch
+    chats: tuple[int, ...]
+    cut: tuple[int, ...]
+    trimmed: tuple[int, ...]
+    conditions: tuple[str, ...]
+    digests: tuple[bytes, ...]
+    counts: Counts
+    problems: tuple[Problem, ...]
 
 
 def build_items(
-    records: Sequence[Record], source: SourceConfig, *, source_id: int, tokenizer: ChatTokenizer, max_length: int
-) -> tuple[pa.RecordBatch, Counts]:
-    """Parse, tokenise and cut a run of records; the batch holds those kept, in order."""
-    conversations = []
-    for record in records:
-        where = f"{source.path}:{record.number}"
-        row = parse_line(record.row, where) if isinstance(record.row, bytes) else record.row
-        conversation = parse_conversation(row, source, where)
-        try:
-            tokenizer.check_condition(conversation.condition)
-        except TemplateError as exc:
-            raise DataError(f"{where}: {exc}") from exc
-        conversations.append(conversation)
-    tokenized = tokenizer.tokenize(conversations)
+    records: Sequence[Record],
+    source: SourceConfig,
+    data: DataConfig,
+    *,
+    source_id: int,
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    check_only: bool = False,
+) -> Chunk:
+    """Parse, judge, tokenise and cut a run of records, in order. `check_only` finds problems and makes no rows."""
     counts = Counts(read=len(records))
-    kept, lines, rewards, conditions = [], [], [], []
-    for record, conversation, item in zip(records, conversations, tokenized, strict=True):
-        cut = truncate(item, max_length)
-        if cut is None:
-            counts.dropped_unsupervised += 1
+    problems: list[Problem] = []
+    chats: list[tuple[int, Conversation]] = []
+    for record in records:
+        try:
+            conversation = _read(record, source, data, tokenizer, counts)
+        except RowError as exc:
+            counts.drop(exc.reason)
+            problems.append(Problem(reason=exc.reason, message=str(exc)))
             continue
-        kept.append(cut)
-        lines.append(record.number)
-        rewards.append(conversation.reward)
-        beyond = max(0, len(item.input_ids) - max_length)
-        counts.truncated += beyond > 0
-        counts.cut_tokens += beyond
-        conditions.append(conversation.condition)
-        counts.trimmed_tokens += len(item.input_ids) - beyond - len(cut.input_ids)
-    batch = record_batch(kept, source_id, lines, rewards)
-    counts.kept = len(kept)
-    counts.tokens = sum(len(item.input_ids) for item in kept)
+        if conversation is not None:
+            chats.append((record.number, conversation))
+    if check_only:
+        chats = []
+    rows: list[Row] = []
+    digests: list[bytes] = []
+    whole = tokenizer.tokenize([conversation for _, conversation in chats])
+    for (line, conversation), item in zip(chats, whole, strict=True):
+        pieces, reason = fit(conversation, item, data, tokenizer, max_length)
+        if reason:
+            counts.drop(reason)
+            continue
+        for piece, cut in pieces:
+            if cut is None:  # a part of a split chat in which nothing is trained
+                counts.trimmed_tokens += len(piece.input_ids)
+                continue
+            rows.append(
+                Row(
+                    chat=len(digests),
+                    line=line,
+                    item=cut,
+                    cut=max(0, len(piece.input_ids) - max_length),
+                    trimmed=min(len(piece.input_ids), max_length) - len(cut.input_ids),
+                    condition=conversation.condition,
+                    reward=conversation.reward,
+                )
+            )
+        digests.append(_digest(conversation))
+    return Chunk(
+        source_id=source_id,
+        batch=record_batch(rows, source_id),
+        chats=tuple(row.chat for row in rows),
+        cut=tuple(row.cut for row in rows),
+        trimmed=tuple(row.trimmed for row in rows),
+        conditions=tuple(row.condition for row in rows),
+        digests=tuple(digests),
+        counts=counts,
+        problems=tuple(problems),
+    )
+
+
+def settle(chunk: Chunk, seen: dict[bytes, int], *, drop_duplicates: bool) -> tuple[pa.RecordBatch, Counts]:
+    """The rows of a run that stay, and all counts.
+
+    seen  digest of every conversation before -> its source; this run's are added
+    """
+    counts = Counts()
+    counts.add(chunk.counts)
+    repeated = set()
+    for chat, digest in enumerate(chunk.digests):
+        if digest in seen:
+            repeated.add(chat)
+            counts.notice([DUPLICATE] if seen[digest] == chunk.source_id else [DUPLICATE, ACROSS])
+        seen.setdefault(digest, chunk.source_id)
+    rows = list(range(len(chunk.chats)))
+    if drop_duplicates and repeated:
+        rows = [row for row in rows if chunk.chats[row] not in repeated]
+        for _ in repeated:
+            counts.drop(DUPLICATE)
+    batch = chunk.batch if len(rows) == len(chunk.chats) else chunk.batch.take(pa.array(rows, pa.int64()))
+    parts = Counter(chunk.chats[row] for row in rows)
+    counts.kept, counts.rows = len(parts), len(rows)
+    counts.split = sum(number > 1 for number in parts.values())
+    counts.truncated = len({chunk.chats[row] for row in rows if chunk.cut[row]})
+    counts.cut_tokens = sum(chunk.cut[row] for row in rows)
+    counts.trimmed_tokens += sum(chunk.trimmed[row] for row in rows)
+    counts.conditions = dict(Counter(chunk.conditions[row] for row in rows))
+    counts.tokens = int(batch.column("input_ids").value_lengths().sum().as_py() or 0)
     counts.supervised_tokens = sum(batch.column("num_supervised").to_pylist())
-    counts.conditions = dict(Counter(conditions))
     counts.weight_sum = sum(batch.column("weight_sum").to_pylist())
     return batch, counts
 
 
-def truncate(item: TokenizedConversation, max_length: int) -> TokenizedConversation | None:
-    """Cut to max_length tokens and to the last supervised one; None when none is left.
+def _read(
+    record: Record, source: SourceConfig, data: DataConfig, tokenizer: ChatTokenizer, counts: Counts
+) -> Conversation | None:
+    """The conversation of a record after the policies; None when they drop it, which is counted."""
+    where = f"{source.path}:{record.number}"
+    tidy = data.hygiene == "clean"
+    noticed: list[str] = []
+    try:
+        row = parse_line(record.row, where) if isinstance(record.row, bytes) else record.row
+    except RowError:
+        if not tidy:
+            raise
+        row = parse_line(record.row, where, lenient=True)
+        noticed.append("untidy text")
+    conversation = parse_conversation(row, source, where, clean=_cleaner(noticed) if tidy else None)
+    if not tidy and any(is_ugly(message.content) for message in conversation.messages):
+        noticed.append("untidy text")
+    try:
+        tokenizer.check_condition(conversation.condition)
+    except TemplateError as exc:
+        raise RowError(f"{where}: {exc}", "bad condition") from exc
+    verdict = apply_policies(conversation, data)
+    counts.notice(dict.fromkeys((*noticed, *verdict.noticed)))
+    if verdict.conversation is None:
+        counts.drop(verdict.reason)
+    return verdict.conversation
 
-    The first token is never predicted, so a weight there supervises nothing.
-    """
-    supervised = np.flatnonzero(item.token_weights[1:max_length])
-    if len(supervised) == 0:
-        return None
-    end = int(supervised[-1]) + 2
-    return TokenizedConversation(input_ids=item.input_ids[:end], token_weights=item.token_weights[:end])
+
+def _cleaner(noticed: list[str]) -> Callable[[str], str]:
+    def clean(text: str) -> str:
+        result = cleaned(text)
+        if result != text:
+            noticed.append("untidy text")
+        return result
+
+    return clean
 
 
-def record_batch(
-    items: Sequence[TokenizedConversation], source_id: int, lines: Sequence[int], rewards: Sequence[float | None]
-) -> pa.RecordBatch:
+def fit(
+    conversation: Conversation, item: TokenizedConversation, data: DataConfig, tokenizer: ChatTokenizer, max_length: int
+) -> tuple[list[tuple[TokenizedConversation, TokenizedConversation | None]], str]:
+    """Pairs (part before, part after cutting) of a tokenised conversation; and why it is dropped, or nothing."""
+    whole = [item]
+    if len(item.input_ids) > max_length:
+        if data.overlong == "drop":
+            return [], OVERLONG
+        if data.overlong == "split":
+            whole = tokenizer.tokenize(split_turns(conversation, tokenizer, max_length))
+    pieces = [(part, truncate(part, max_length, tokenizer.end_of_turn_ids)) for part in whole]
+    return pieces, "" if any(cut is not None for _, cut in pieces) else NO_REPLY
+
+
+def _digest(conversation: Conversation) -> bytes:
+    """16 bytes that are equal when, and in practice only when, roles and contents are. The condition is not in it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for message in conversation.messages:
+        content = message.content.encode()
+        digest.update(f"{message.role} {len(content)} ".encode())
+        digest.update(content)
+    return digest.digest()
+
+
+def record_batch(rows: Sequence[Row], source_id: int) -> pa.RecordBatch:
+    """Rows of one source in the layout of the prepared dataset."""
+    items = [row.item for row in rows]
     starts = [reply_starts(item.token_weights) for item in items]
     offsets = np.cumsum([0] + [len(item.input_ids) for item in items], dtype=np.int32)
     ids = np.concatenate([item.input_ids for item in items]) if items else np.zeros(0, np.int32)
@@ -108,14 +234,14 @@ def record_batch(
         "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids)),
         "token_weights": pa.ListArray.from_arrays(pa.array(offsets), pa.array(weights)),
         "source_id": [source_id] * len(items),
-        "line": lines,
+        "line": [row.line for row in rows],
         "weight_sum": [float(item.token_weights.sum(dtype=np.float64)) for item in items],
         "num_supervised": [int(np.count_nonzero(item.token_weights)) for item in items],
         "num_replies": [len(s) for s in starts],
         "reply_weight_sum": [
             float(item.token_weights[s].sum(dtype=np.float64)) for item, s in zip(items, starts, strict=True)
         ],
-        "reward": rewards,
+        "reward": [row.reward for row in rows],
     }
     arrays = [pa.array(column, SCHEMA.field(name).type) for name, column in columns.items()]
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)

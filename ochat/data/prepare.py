@@ -20,9 +20,12 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
-from ochat.config import Config, SourceConfig, first_difference
-from ochat.data.items import Counts, build_items
-from ochat.data.records import Record, check_chat_file, hash_file, read_records
+from ochat.config import HUB_PREFIX, Config, DataConfig, SourceConfig, first_difference
+from ochat.data.counts import Counts
+from ochat.data.hub import hub_name, hub_version, is_hub
+from ochat.data.items import Chunk, build_items, settle
+from ochat.data.problems import MAX_SHOWN, Problem, problems_error
+from ochat.data.records import Record, check_chat_file, hash_file, source_records
 from ochat.data.store import (
     FORMAT_VERSION,
     TRAIN_SPLIT,
@@ -42,6 +45,8 @@ log = logging.getLogger(__name__)
 
 CHUNK_RECORDS = 256
 CHUNK_BYTES = 1 << 20
+# What data.* decides about rows; the rest of the section is about where and how fast.
+POLICIES = ("on_error", "overlong", "empty_turns", "assistant_first", "same_role", "duplicates", "hygiene")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,7 @@ class Task:
 
     source_id: int
     records: tuple[Record, ...]
+    check_only: bool = False
 
 
 def prepare(config: Config) -> Manifest:
@@ -69,7 +75,8 @@ def prepare(config: Config) -> Manifest:
             log.info("prepared dataset %s is up to date (%s)", prepared_dir, manifest.fingerprint[:12])
             return manifest
         for source in config.data.sources:
-            check_chat_file(Path(source.path))
+            if not is_hub(source):
+                check_chat_file(Path(source.path))
         check_replaceable(prepared_dir)
         with replace_folder(prepared_dir) as folder:
             manifest = _prepare_into(folder, config, template, tokenizer)
@@ -77,10 +84,11 @@ def prepare(config: Config) -> Manifest:
 
 
 def _prepare_into(folder: Path, config: Config, template: Template, tokenizer: PreTrainedTokenizerFast) -> Manifest:
-    files = {source.name: _describe_file(Path(source.path)) for source in config.data.sources}
+    files = {source.name: _describe(source) for source in config.data.sources}
     counts = {source.name: Counts() for source in config.data.sources}
     write_split(_tokenized_batches(config, ChatTokenizer(tokenizer, template), counts), folder / TRAIN_SPLIT)
-    if not any(count.kept for count in counts.values()):
+    _warn_of_losses(counts)
+    if not any(count.kept for count in counts.values()) and config.data.on_error == "raise":
         num_read = sum(count.read for count in counts.values())
         raise DataError(
             f"nothing to train on: of {num_read} conversations read, none has a reply with a weight within "
@@ -105,22 +113,34 @@ def check_prepared(config: Config, template: Template, tokenizer: PreTrainedToke
     """
     prepared_dir = Path(config.data.prepared_dir)
     manifest = Manifest.read(prepared_dir)
-    num_kept = sum(count["kept"] for count in manifest.counts.values())
-    if (num_rows := len(PreparedSplit(prepared_dir / TRAIN_SPLIT))) != num_kept:
-        raise DataError(f"{prepared_dir} is damaged: {num_rows} rows, where the manifest counts {num_kept}.")
+    num_counted = sum(count["rows"] for count in manifest.counts.values())
+    if (num_rows := len(PreparedSplit(prepared_dir / TRAIN_SPLIT))) != num_counted:
+        raise DataError(f"{prepared_dir} is damaged: {num_rows} rows, where the manifest counts {num_counted}.")
     recipe = _recipe(config, template, tokenizer)
     if changed := first_difference(manifest.recipe, recipe):
         raise DataError(f"{prepared_dir} is out of date: {changed}.")
     for source in config.data.sources:
-        path, then = Path(source.path), manifest.files[source.name]
-        if not path.is_file():
-            log.info("source %s: %s is not here; trusting the prepared dataset", source.name, path)
-            continue
-        now = path.stat()
-        touched = (now.st_size, now.st_mtime_ns) != (then.size, then.mtime_ns)
-        if now.st_size != then.size or (touched and hash_file(path) != then.sha256):
-            raise DataError(f"{prepared_dir} is out of date: {path} has changed since.")
+        if changed := _change_of_source(source, manifest.files[source.name]):
+            raise DataError(f"{prepared_dir} is out of date: {changed}.")
     return manifest
+
+
+def _change_of_source(source: SourceConfig, then: SourceFile) -> str:
+    """What has changed about a source since it was read; empty if nothing has, or nobody can know."""
+    path = Path(source.path)
+    if is_hub(source):
+        if hub_name(source) != then.path:
+            return f"source {source.name} was read from {then.path}, is {hub_name(source)}"
+        # Not asked again, for training needs no network: what was read is a commit, and that does not change.
+        is_folder = Path(source.path.removeprefix(HUB_PREFIX)).is_dir()
+        return f"{source.path} has changed since" if is_folder and hub_version(source) != then.sha256 else ""
+    if not path.is_file():
+        log.info("source %s: %s is not here; trusting the prepared dataset", source.name, path)
+        return ""
+    now = path.stat()
+    touched = (now.st_size, now.st_mtime_ns) != (then.size, then.mtime_ns)
+    changed = now.st_size != then.size or (touched and hash_file(path) != then.sha256)
+    return f"{path} has changed since" if changed else ""
 
 
 def _recipe(config: Config, template: Template, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -132,6 +152,7 @@ def _recipe(config: Config, template: Template, tokenizer: PreTrainedTokenizerFa
         "template": json.loads(json.dumps(asdict(template))),
         "tokenizer_sha256": tokenizer_hash(tokenizer),
         "max_length": config.model.max_length,
+        "policies": {name: getattr(config.data, name) for name in POLICIES},
         "source_order": list(sources),
         "sources": sources,
     }
@@ -142,51 +163,79 @@ def _fingerprint(recipe: dict[str, Any], files: dict[str, SourceFile]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _describe_file(path: Path) -> SourceFile:
+def _describe(source: SourceConfig) -> SourceFile:
+    if is_hub(source):
+        return SourceFile(path=hub_name(source), size=0, mtime_ns=0, sha256=hub_version(source))
+    path = Path(source.path)
     stat = path.stat()
     return SourceFile(path=str(path), size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=hash_file(path))
 
 
+def _warn_of_losses(counts: dict[str, Counts]) -> None:
+    for name, count in counts.items():
+        if count.dropped:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in count.dropped.items())
+            log.warning("source %s: %d of %d left out (%s)", name, sum(count.dropped.values()), count.read, reasons)
+        if not count.kept:
+            log.warning("source %s: keeps nothing of %d conversations read", name, count.read)
+
+
 def _tokenized_batches(config: Config, tokenizer: ChatTokenizer, counts: dict[str, Counts]) -> Iterator[pa.RecordBatch]:
     """Tokenise every source, in order; adds to `counts` on the way."""
-    sources = config.data.sources
-    num_workers = config.data.num_proc or os.cpu_count() or 1
-    total = sum(Path(source.path).stat().st_size for source in sources)
-    worker = _Worker(tokenizer=tokenizer, sources=sources, max_length=config.model.max_length)
+    data = config.data
+    num_workers = data.num_proc or os.cpu_count() or 1
+    total = sum(Path(source.path).stat().st_size for source in data.sources if not is_hub(source))
+    worker = _Worker(tokenizer=tokenizer, data=data, max_length=config.model.max_length)
+    problems: list[Problem] = []
+    seen: dict[bytes, int] = {}
     with progress_bar("preparing", total=total, unit="bytes") as bar:
-        tasks = _tasks(sources, bar.advance)
-        for source_id, batch, count in _map_in_order(worker, tasks, num_workers):
-            counts[sources[source_id].name].add(count)
+        # After a problem that will end the preparing, rows are only checked: more problems, soon.
+        tasks = _tasks(data.sources, bar.advance, check_only=lambda: bool(problems))
+        for chunk in _map_in_order(worker, tasks, num_workers):
+            if data.on_error == "raise":
+                problems += chunk.problems
+                if len(problems) >= MAX_SHOWN:
+                    break
+            batch, count = settle(chunk, seen, drop_duplicates=data.duplicates == "drop")
+            counts[data.sources[chunk.source_id].name].add(count)
             if batch.num_rows:
                 yield batch
+    if problems:
+        raise problems_error(problems)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Worker:
     tokenizer: ChatTokenizer
-    sources: tuple[SourceConfig, ...]
+    data: DataConfig
     max_length: int
 
-    def __call__(self, task: Task) -> tuple[int, pa.RecordBatch, Counts]:
-        source = self.sources[task.source_id]
-        batch, count = build_items(
-            task.records, source, source_id=task.source_id, tokenizer=self.tokenizer, max_length=self.max_length
+    def __call__(self, task: Task) -> Chunk:
+        return build_items(
+            task.records,
+            self.data.sources[task.source_id],
+            self.data,
+            source_id=task.source_id,
+            tokenizer=self.tokenizer,
+            max_length=self.max_length,
+            check_only=task.check_only,
         )
-        return task.source_id, batch, count
 
 
-def _tasks(sources: tuple[SourceConfig, ...], advance: Callable[[int], None]) -> Iterator[Task]:
+def _tasks(
+    sources: tuple[SourceConfig, ...], advance: Callable[[int], None], check_only: Callable[[], bool]
+) -> Iterator[Task]:
     for source_id, source in enumerate(sources):
         records: list[Record] = []
         num_bytes = 0
-        for record in read_records(Path(source.path), advance):
+        for record in source_records(source, advance):
             records.append(record)
             num_bytes += len(record.row) if isinstance(record.row, bytes) else 0
             if len(records) == CHUNK_RECORDS or num_bytes >= CHUNK_BYTES:
-                yield Task(source_id=source_id, records=tuple(records))
+                yield Task(source_id=source_id, records=tuple(records), check_only=check_only())
                 records, num_bytes = [], 0
         if records:
-            yield Task(source_id=source_id, records=tuple(records))
+            yield Task(source_id=source_id, records=tuple(records), check_only=check_only())
 
 
 _worker: _Worker | None = None
@@ -199,14 +248,12 @@ def _start_worker(worker: _Worker) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _work(task: Task) -> tuple[int, pa.RecordBatch, Counts]:
+def _work(task: Task) -> Chunk:
     assert _worker is not None
     return _worker(task)
 
 
-def _map_in_order(
-    worker: _Worker, tasks: Iterator[Task], num_workers: int
-) -> Iterator[tuple[int, pa.RecordBatch, Counts]]:
+def _map_in_order(worker: _Worker, tasks: Iterator[Task], num_workers: int) -> Iterator[Chunk]:
     """worker(task) for every task, in order; at most 4 tasks a process are in flight, so memory stays bounded."""
     if num_workers == 1:
         yield from map(worker, tasks)
@@ -214,7 +261,7 @@ def _map_in_order(
     # fork: the tokenizer is inherited, not sent, and a script that calls prepare() needs no __main__ guard.
     context = get_context("fork")
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(worker,)) as pool:
-        flying: deque[Future[tuple[int, pa.RecordBatch, Counts]]] = deque()
+        flying: deque[Future[Chunk]] = deque()
         try:
             for task in tasks:
                 flying.append(pool.submit(_work, task))

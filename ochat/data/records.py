@@ -1,10 +1,15 @@
-"""The street door: chat files as numbered records, in file order, without holding a .jsonl file in memory.
+"""The street door: a source's rows as numbered records, in order; what `path` may be is decided here.
 
+hf:NAME       a dataset of the Hugging Face hub, or a local folder of one; hub.py
 .jsonl        a record is a line (bytes, not yet parsed), its number the 1-based line; blank lines are passed over
 .json         a record is an item of the array (already parsed), its number the 1-based item
-either + .gz  the same, decompressed on the way
+.parquet      a record is a row (already parsed), its number the 1-based row
+.gz .zst      after .jsonl or .json: the same, decompressed on the way
+
+Only a .json file is in memory as a whole.
 """
 
+import codecs
 import gzip
 import hashlib
 import io
@@ -15,9 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import zstandard
+
+from ochat.config import SourceConfig
+from ochat.data.hub import hub_rows, is_hub
+from ochat.data.keys import LIST_KEYS
+from ochat.data.problems import RowError
 from ochat.errors import DataError
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+PARQUET_ROWS = 256
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,38 +46,78 @@ class Record:
 def check_chat_file(path: Path) -> None:
     """Raise DataError when `path` is missing or of no known kind."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Check the source's `path` (it is relative to where you are).")
+        raise DataError(
+            f"{path}: no such file. Check the source's `path` (it is relative to where you are); "
+            f"a dataset of the hub is written hf:NAME."
+        )
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: unknown kind of file. Known: {', '.join(SUFFIXES)}.")
 
 
-def read_records(path: Path, advance: Callable[[int], object] = lambda num_bytes: None) -> Iterator[Record]:
+def source_records(source: SourceConfig, advance: Advance = lambda num_bytes: None) -> Iterator[Record]:
+    """The records of a source, wherever it is."""
+    if not is_hub(source):
+        return read_records(Path(source.path), advance)
+    return (Record(number=number, row=row) for number, row in enumerate(hub_rows(source), 1))
+
+
+def read_records(path: Path, advance: Advance = lambda num_bytes: None) -> Iterator[Record]:
     """Yield the records of a chat file; `advance` hears how many bytes of the file have been consumed."""
     check_chat_file(path)
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path, advance)
+        return
     with path.open("rb") as raw:
-        counted: BinaryIO = _Counted(raw, advance)  # type: ignore[assignment]
-        stream: Any = gzip.GzipFile(fileobj=counted) if path.suffix == ".gz" else counted
+        stream = _decompressed(_Counted(raw, advance), path.suffix)
         try:
-            if path.name.removesuffix(".gz").endswith(".json"):
+            if ".json" in path.suffixes[-2:]:
                 yield from _array_items(stream, path)
-                return
-            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
-                if line.strip():
-                    yield Record(number=number, row=line)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as exc:
-            raise DataError(f"{path}: damaged or no gzip file ({exc}). Fetch or compress it again.") from exc
+            else:
+                yield from _lines(stream, path)
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as exc:
+            kind = path.suffix.removeprefix(".")
+            raise DataError(f"{path}: damaged or no {kind} file ({exc}). Fetch or compress it again.") from exc
 
 
-def parse_line(line: bytes, where: str) -> Any:
-    """Decode one JSONL line; DataError names the place and the column."""
+def _decompressed(raw: io.RawIOBase, suffix: str) -> io.BufferedIOBase:
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    return io.BufferedReader(_Zstd(raw) if suffix == ".zst" else raw, 1 << 20)
+
+
+def _lines(stream: Any, path: Path) -> Iterator[Record]:
+    # Only b"\n" ends a line: U+2028 and the like are text. The buffer makes lines of a .gz file cheap.
+    for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
+        if number == 1:
+            _check_encoding(line, path)
+        if line.strip():
+            yield Record(number=number, row=line)
+
+
+def _check_encoding(start: bytes, path: Path) -> None:
+    if start.startswith(UTF16_MARKS):
+        raise DataError(f"{path}: is UTF-16 text. Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8{path.suffix}")
+
+
+def parse_line(line: bytes, where: str, *, lenient: bool = False) -> Any:
+    """Decode one JSONL line; RowError names the place and the column. A byte order mark in front is no text.
+
+    lenient  bytes that are no UTF-8 become U+FFFD, and control characters may stand inside strings
+    """
     try:
-        return json.loads(line)
+        # Not json.loads(line): it would take a line with NUL bytes for UTF-16.
+        text = line.decode("utf-8-sig", errors="replace" if lenient else "strict")
+        return json.loads(text, strict=not lenient)
     except json.JSONDecodeError as exc:
-        raise DataError(f"{where}: not valid JSON at column {exc.colno}: {exc.msg}. Fix or delete the line.") from exc
+        raise RowError(
+            f"{where}: not valid JSON at column {exc.colno}: {exc.msg}. Fix or delete the line.", "not JSON"
+        ) from exc
     except UnicodeDecodeError as exc:
-        raise DataError(f"{where}: not valid UTF-8 at byte {exc.start}. Convert the file to UTF-8.") from exc
+        raise RowError(
+            f"{where}: not valid UTF-8 at byte {exc.start}. Convert the file to UTF-8.", "not UTF-8"
+        ) from exc
     except (ValueError, RecursionError) as exc:  # a number of thousands of digits, thousands of brackets
-        raise DataError(f"{where}: not readable as JSON ({exc}). Fix or delete the line.") from exc
+        raise RowError(f"{where}: not readable as JSON ({exc}). Fix or delete the line.", "not JSON") from exc
 
 
 def hash_file(path: Path) -> str:
@@ -71,18 +126,50 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _array_items(stream: BinaryIO, path: Path) -> Iterator[Record]:
-    rows = parse_line(stream.read(), str(path))
+def _array_items(stream: io.BufferedIOBase, path: Path) -> Iterator[Record]:
+    content = stream.read()
+    _check_encoding(content, path)
+    rows = parse_line(content, str(path))
+    if isinstance(rows, dict) and rows.keys() & set(LIST_KEYS):
+        raise DataError(
+            f"{path}: expected a JSON array of chats, found one chat. Put it into brackets: jq '[.]' {path.name} > "
+            f"chats.json, or save it on one line as .jsonl."
+        )
+    if isinstance(rows, dict) and (wrapper := next((k for k, v in rows.items() if isinstance(v, list)), None)):
+        raise DataError(
+            f"{path}: expected a JSON array of chats, found one object with a list under `{wrapper}`. If that is the "
+            f"list of chats, unwrap it: jq '.{wrapper}' {path.name} > chats.json. One chat per line is .jsonl."
+        )
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a JSON array of chats, found {type(rows).__name__}. One per line is .jsonl.")
     for number, row in enumerate(rows, 1):
         yield Record(number=number, row=row)
 
 
-class _Counted(io.RawIOBase):
-    """A file that reports how much of it has been read, so that a progress bar knows a .gz file's end."""
+def _parquet_rows(path: Path, advance: Advance) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    def __init__(self, raw: BinaryIO, advance: Callable[[int], object]) -> None:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as exc:
+        raise DataError(f"{path}: damaged or no Parquet file ({exc}). Fetch it again.") from exc
+    size, num_rows, number = path.stat().st_size, file.metadata.num_rows, 0
+    for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+        rows = batch.to_pylist()
+        # Bytes of columns cannot be told by row; their share of the file can, and it ends at the file's size.
+        advance(size * (number + len(rows)) // num_rows - size * number // num_rows)
+        for row in rows:
+            number += 1
+            yield Record(number=number, row=row)
+    if num_rows == 0:
+        advance(size)
+
+
+class _Counted(io.RawIOBase):
+    """A file that reports how much of it has been read, so that a progress bar knows a compressed file's end."""
+
+    def __init__(self, raw: BinaryIO, advance: Advance) -> None:
         self._raw, self._advance = raw, advance
 
     def readable(self) -> bool:
@@ -95,3 +182,33 @@ class _Counted(io.RawIOBase):
 
     def seekable(self) -> bool:
         return False
+
+
+class _Zstd(io.RawIOBase):
+    """Decompressed frames, one after the other. zstandard's own reader takes a file cut short for a whole one."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw, self._ready = raw, b""
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._began = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if self._frame.eof:
+                rest = self._frame.unused_data
+                self._frame, self._began = zstandard.ZstdDecompressor().decompressobj(), False
+            else:
+                rest = b""
+            chunk = rest or self._raw.read(1 << 16)
+            if not chunk:
+                if self._began:
+                    raise EOFError("it ends before its end-of-frame")
+                return 0
+            self._began = True
+            self._ready = self._frame.decompress(chunk)
+        piece, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
+        buffer[: len(piece)] = piece
+        return len(piece)

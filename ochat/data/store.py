@@ -2,6 +2,7 @@
 
     PREPARED/train/         Arrow files; `datasets.load_from_disk(PREPARED/train)` opens them
     PREPARED/manifest.json  written last: what made the dataset, and what is in it
+    PREPARED/report.json    the report of the last `ochat prepare`; nothing reads it here
 
 A folder with a manifest is complete: it is filled under another name, then moved into place.
 N items (conversations), n tokens of one item.
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 
 from ochat.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "report.json"
 TRAIN_SPLIT = "train"
 
 SCHEMA = pa.schema(
@@ -98,7 +100,7 @@ def check_replaceable(prepared_dir: Path) -> None:
 def _may_replace(folder: Path) -> bool:
     """Whether a folder is empty, or holds nothing but what we write and is complete."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    return not names or (MANIFEST_NAME in names and names <= {MANIFEST_NAME, TRAIN_SPLIT})
+    return not names or (MANIFEST_NAME in names and names <= {MANIFEST_NAME, REPORT_NAME, TRAIN_SPLIT})
 
 
 def write_split(batches: Iterator[pa.RecordBatch], folder: Path) -> None:
@@ -110,7 +112,9 @@ def write_split(batches: Iterator[pa.RecordBatch], folder: Path) -> None:
         for batch in batches:
             writer.write_batch(batch)
     datasets.disable_progress_bars()
-    datasets.Dataset.from_file(str(stream)).save_to_disk(str(folder))
+    dataset = datasets.Dataset.from_file(str(stream))
+    # By itself it gives an empty dataset no file at all, and cannot open that again.
+    dataset.save_to_disk(str(folder), num_shards=None if len(dataset) else 1)
     stream.unlink()
 
 

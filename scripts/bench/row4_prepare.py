@@ -19,8 +19,8 @@ from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # before tokenizers is imported: one core a side
 
-from ochat.config import SourceConfig
-from ochat.data.items import build_items
+from ochat.config import DataConfig, SourceConfig
+from ochat.data.items import build_items, settle
 from ochat.data.records import Record
 from ochat.data.template import get_template
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer
@@ -90,18 +90,25 @@ class _Ours:
         template = get_template("openchat-3.5")
         self._tokenizer = ChatTokenizer(load_tokenizer(str(TOKENIZER), template), template)
         self._source = SourceConfig(name="chats", path="lines.jsonl")
+        self._data = DataConfig(prepared_dir="none", sources=(self._source,))
         self._records = [Record(number=n, row=line) for n, line in enumerate(lines, 1)]
 
     def run(self, part: slice) -> tuple[float, list[list[int]]]:
         """Seconds, and the ids of every chat."""
         records = self._records[part]
         began = time.perf_counter()
-        batches = [
-            build_items(records[i : i + CHUNK], self._source, source_id=0, tokenizer=self._tokenizer, max_length=8192)[
-                0
-            ]
-            for i in range(0, len(records), CHUNK)
-        ]
+        seen: dict[bytes, int] = {}
+        batches = []
+        for i in range(0, len(records), CHUNK):
+            chunk = build_items(
+                records[i : i + CHUNK],
+                self._source,
+                self._data,
+                source_id=0,
+                tokenizer=self._tokenizer,
+                max_length=8192,
+            )
+            batches.append(settle(chunk, seen, drop_duplicates=False)[0])
         seconds = time.perf_counter() - began
         return seconds, [row for batch in batches for row in batch.column("input_ids").to_pylist()]
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ochat.data.items import record_batch
+from ochat.data.items import Row, record_batch
 from ochat.data.store import FORMAT_VERSION, TRAIN_SPLIT, Manifest, write_split
 from ochat.data.tokenize import TokenizedConversation
 from scripts.bench.peers import ROOT, openchat_peer
@@ -81,13 +81,17 @@ def _write_both(folder: Path, num_chats: int) -> int:
 
 def _write_ours(folder: Path, items: list[TokenizedConversation]) -> None:
     chunks = (items[i : i + 256] for i in range(0, len(items), 256))
-    batches = (record_batch(chunk, 0, list(range(len(chunk))), [None] * len(chunk)) for chunk in chunks)
+    batches = (record_batch([_row(item) for item in chunk], 0) for chunk in chunks)
     (folder / "prepared").mkdir()
     write_split(batches, folder / "prepared" / TRAIN_SPLIT)
     counts = {"chats": {"kept": len(items)}}
     Manifest(format_version=FORMAT_VERSION, fingerprint="bench", recipe={}, files={}, counts=counts).write(
         folder / "prepared"
     )
+
+
+def _row(item: TokenizedConversation) -> Row:
+    return Row(chat=0, line=1, item=item, cut=0, trimmed=0, condition="", reward=None)
 
 
 def _peer_table(items: list[TokenizedConversation]) -> pa.Table:

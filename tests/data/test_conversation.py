@@ -110,7 +110,7 @@ def str_or_huge(value: object) -> str:
 # --- refused rows
 
 
-@pytest.mark.parametrize("row", [[], "text", 3, None, True])
+@pytest.mark.parametrize("row", ["text", 3, None, True])
 def test_a_row_that_is_no_object_is_refused(row: object) -> None:
     assert f"expected a JSON object, found {type(row).__name__}" in refused(row)
 
@@ -145,7 +145,7 @@ def test_an_unknown_role_is_quoted_with_the_known_ones_and_the_messages_number()
     assert text.startswith("chats.jsonl:7: message 2 has role 'human-2'. Known roles: system, user, human,")
 
 
-@pytest.mark.parametrize("role", [None, 3, ["user"], "User", ""])
+@pytest.mark.parametrize("role", [None, 3, ["user"], "Users", ""])
 def test_a_role_that_is_no_known_word_is_refused(role: object) -> None:
     assert f"message 2 has role {role!r}" in refused(items(role=role))
 

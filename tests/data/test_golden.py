@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ochat.config import SourceConfig
 from ochat.data.conversation import Conversation, Message, parse_conversation
-from ochat.data.items import reply_starts, truncate
+from ochat.data.overlong import truncate
+from ochat.data.replies import reply_starts
 from ochat.data.template import get_template, render
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer
 from ochat.errors import DataError, TemplateError

@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ochat.config import SourceConfig
-from ochat.data.items import Counts, build_items, reply_starts, truncate
+from ochat.config import DataConfig, SourceConfig
+from ochat.data.counts import Counts
+from ochat.data.items import Chunk, build_items, settle
+from ochat.data.overlong import truncate
 from ochat.data.records import Record
+from ochat.data.replies import reply_starts
 from ochat.data.store import SCHEMA
 from ochat.data.template import get_template
 from ochat.data.tokenize import ChatTokenizer, TokenizedConversation, load_tokenizer
-from ochat.errors import DataError
 
 FIXTURE = "mini-mistral"
 
@@ -37,11 +39,21 @@ def cut_to(weights: list[float], max_length: int) -> tuple[list[int], list[float
     return None if cut is None else (cut.input_ids.tolist(), cut.token_weights.tolist())
 
 
-def build(rows: list[object], tokenizer: ChatTokenizer, *, max_length: int = 1000, **source: object):
+def chunk(rows: list[object], tokenizer: ChatTokenizer, *, max_length: int = 1000, data=None, **source) -> Chunk:
     config = SourceConfig(name="chats", path="chats.jsonl", **source)
+    policies = DataConfig(prepared_dir="p", sources=(config,), **(data or {}))
     # every second line of the file is blank
     records = [Record(number=2 * n + 1, row=json.dumps(row).encode()) for n, row in enumerate(rows)]
-    return build_items(records, config, source_id=3, tokenizer=tokenizer, max_length=max_length)
+    return build_items(records, config, policies, source_id=3, tokenizer=tokenizer, max_length=max_length)
+
+
+def build(rows: list[object], tokenizer: ChatTokenizer, **settings):
+    return settle(chunk(rows, tokenizer, **settings), {}, drop_duplicates=False)
+
+
+def problem(rows: list[object], tokenizer: ChatTokenizer) -> str:
+    (only,) = chunk(rows, tokenizer).problems
+    return only.message
 
 
 def row(*turns: tuple[str, str, float]) -> dict[str, object]:
@@ -135,7 +147,7 @@ def test_rows_without_a_trained_reply_are_dropped_and_lines_stay_right(tokenizer
     untrained = row(("user", "a", 0), ("assistant", "b", 0))
     batch, counts = build([row(("assistant", "a", 1)), untrained, row(("assistant", "b", 1))], tokenizer)
     assert batch.column("line").to_pylist() == [1, 5]
-    assert (counts.read, counts.kept, counts.dropped_unsupervised) == (3, 2, 1)
+    assert (counts.read, counts.kept, counts.dropped) == (3, 2, {"no reply": 1})
 
 
 def test_every_token_is_kept_cut_or_trimmed(tokenizer: ChatTokenizer) -> None:
@@ -157,7 +169,7 @@ def test_every_token_is_kept_cut_or_trimmed(tokenizer: ChatTokenizer) -> None:
 def test_a_conversation_whose_replies_are_beyond_the_cut_is_dropped_not_truncated(tokenizer: ChatTokenizer) -> None:
     batch, counts = build([row(("user", "a b c d e f", 0), ("assistant", "g", 1))], tokenizer, max_length=5)
     assert batch.num_rows == 0
-    assert (counts.read, counts.kept, counts.dropped_unsupervised, counts.truncated) == (1, 0, 1, 0)
+    assert (counts.read, counts.kept, counts.dropped, counts.truncated) == (1, 0, {"no reply": 1}, 0)
     assert (counts.tokens, counts.cut_tokens) == (0, 0)
 
 
@@ -175,9 +187,9 @@ def test_rewards_come_from_their_field(tokenizer: ChatTokenizer) -> None:
 
 
 def test_counts_add_up() -> None:
-    one = Counts(read=3, kept=2, dropped_unsupervised=1, weight_sum=0.5, conditions={"a": 1, "b": 1})
+    one = Counts(read=3, kept=2, dropped={"no reply": 1}, weight_sum=0.5, conditions={"a": 1, "b": 1})
     one.add(Counts(read=1, kept=1, weight_sum=1.5, conditions={"b": 2}))
-    assert one == Counts(read=4, kept=3, dropped_unsupervised=1, weight_sum=2.0, conditions={"a": 1, "b": 3})
+    assert one == Counts(read=4, kept=3, dropped={"no reply": 1}, weight_sum=2.0, conditions={"a": 1, "b": 3})
 
 
 # --- errors name the line
@@ -186,20 +198,21 @@ def test_counts_add_up() -> None:
 def test_a_bad_row_is_named_by_file_and_line(tokenizer: ChatTokenizer) -> None:
     good = row(("assistant", "a", 1))
     assert build([good, good], tokenizer)[1].kept == 2
-    with pytest.raises(DataError, match=r"^chats\.jsonl:3: message 1 has role 'tool_call'\."):
-        build([good, row(("tool_call", "a", 1))], tokenizer)
-    with pytest.raises(DataError, match=r"^chats\.jsonl:5: message 1: `weight` is nan"):
-        build([good, good, row(("assistant", "a", float("nan")))], tokenizer)
+    tool = problem([good, row(("tool_call", "a", 1))], tokenizer)
+    assert tool.startswith("chats.jsonl:3: message 1 has role 'tool_call'.")
+    weight = problem([good, good, row(("assistant", "a", float("nan")))], tokenizer)
+    assert weight.startswith("chats.jsonl:5: message 1: `weight` is nan")
 
 
 def test_a_control_token_in_a_rows_condition_is_named_by_file_and_line(tokenizer: ChatTokenizer) -> None:
     good = row(("assistant", "a", 1))
-    with pytest.raises(DataError, match=r"^chats\.jsonl:3: condition '<s>' spells a control token"):
-        build([good, {**good, "condition": "<s>"}, good], tokenizer)
+    text = problem([good, {**good, "condition": "<s>"}, good], tokenizer)
+    assert text.startswith("chats.jsonl:3: condition '<s>' spells a control token")
 
 
 def test_an_already_decoded_row_is_taken_as_it_is(tokenizer: ChatTokenizer) -> None:
     decoded = Record(number=1, row=row(("assistant", "a", 1)))
     source = SourceConfig(name="chats", path="chats.json")
-    batch, _ = build_items([decoded], source, source_id=3, tokenizer=tokenizer, max_length=9)
-    assert batch.equals(build([decoded.row], tokenizer)[0])
+    data = DataConfig(prepared_dir="p", sources=(source,))
+    made = build_items([decoded], source, data, source_id=3, tokenizer=tokenizer, max_length=9)
+    assert made.batch.equals(build([decoded.row], tokenizer)[0])

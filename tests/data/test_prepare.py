@@ -169,7 +169,7 @@ def test_the_reward_of_a_row_is_on_disk_and_null_without_a_field(kitchen: Kitche
 
 def test_read_is_kept_plus_dropped_for_every_source(done: Kitchen) -> None:
     counts = Manifest.read(done.prepared).counts
-    assert [(c["read"], c["kept"], c["dropped_unsupervised"]) for c in counts.values()] == [(3, 2, 1), (2, 2, 0)]
+    assert [(c["read"], c["kept"], c["dropped"]) for c in counts.values()] == [(3, 2, {"no reply": 1}), (2, 2, {})]
     assert list(counts) == ["good", "bad"]
     assert [c["conditions"] for c in counts.values()] == [{"GPT4": 2}, {"GPT3": 2}]
 
@@ -332,7 +332,7 @@ def test_a_prepared_dataset_does_not_need_the_chat_files_any_more(done: Kitchen)
 
 def test_rows_that_went_missing_are_noticed(done: Kitchen) -> None:
     manifest = json.loads((done.prepared / "manifest.json").read_text())
-    manifest["counts"]["good"]["kept"] += 1
+    manifest["counts"]["good"]["rows"] += 1
     (done.prepared / "manifest.json").write_text(json.dumps(manifest))
     assert re.search(r"is damaged: \d+ rows, where the manifest counts \d+", out_of_date(done.config()))
 

@@ -5,9 +5,15 @@ import hashlib
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
-from ochat.data.records import Record, hash_file, parse_line, read_records
+from ochat.config import SourceConfig
+from ochat.data.hub import hub_version
+from ochat.data.problems import RowError
+from ochat.data.records import Record, hash_file, parse_line, read_records, source_records
 from ochat.errors import DataError
 
 ROWS = [{"messages": n} for n in (1, 2, 3)]
@@ -126,3 +132,107 @@ def test_a_file_is_known_by_its_bytes(tmp_path: Path) -> None:
     path = write(tmp_path, "chats.jsonl", JSONL)
     assert hash_file(path) == hashlib.sha256(JSONL).hexdigest()
     assert hash_file(path) != hashlib.sha256(JSONL + b"\n").hexdigest()
+
+
+# --- other containers
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl.zst", "chats.json.zst"])
+def test_zst_files_hold_the_same_records(tmp_path: Path, name: str) -> None:
+    content = JSONL if "jsonl" in name else ARRAY
+    path, heard = tmp_path / name, []
+    half = len(content) // 2
+    frames = [zstandard.compress(content[:half]), zstandard.compress(content[half:])]  # as `cat a.zst b.zst` makes them
+    path.write_bytes(b"".join(frames))
+    assert decoded(list(read_records(path, heard.append))) == ROWS
+    assert sum(heard) == path.stat().st_size
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no zst at all"])
+def test_a_damaged_zst_file_is_refused(tmp_path: Path, damage: str) -> None:
+    whole = zstandard.compress(JSONL * 1000)
+    path = tmp_path / "chats.jsonl.zst"
+    path.write_bytes(whole)
+    assert list(read_records(path))
+    path.write_bytes({"cut short": whole[:-5], "no zst at all": JSONL}[damage])
+    assert "damaged or no zst file" in refused(path)
+
+
+def test_rows_of_a_parquet_file_are_numbered_from_1(tmp_path: Path) -> None:
+    path, heard = tmp_path / "chats.parquet", []
+    rows = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(600)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    records = list(read_records(path, heard.append))
+    assert records == [Record(number=n, row=row) for n, row in enumerate(rows, 1)]
+    assert sum(heard) == path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-10])
+    assert "damaged or no Parquet file" in refused(path)
+
+
+def hub(path: Path, **keys: str) -> SourceConfig:
+    return SourceConfig(name="hub", path=f"hf:{path}", **keys)
+
+
+def test_a_folder_of_a_hub_dataset_is_streamed_by_split(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(b'{"messages": 1}\n{"messages": 2}\n')
+    (tmp_path / "test.jsonl").write_bytes(b'{"messages": 3}\n')
+    assert [(r.number, r.row) for r in source_records(hub(tmp_path))] == [(1, {"messages": 1}), (2, {"messages": 2})]
+    assert [r.row for r in source_records(hub(tmp_path, split="test"))] == [{"messages": 3}]
+
+
+def test_a_hub_dataset_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^hf:.*none train: `datasets` cannot open it \("):
+        list(source_records(hub(tmp_path / "none")))
+
+
+def test_a_folder_of_a_hub_dataset_is_known_by_its_files(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(b'{"messages": 1}\n')
+    before = hub_version(hub(tmp_path))
+    assert hub_version(hub(tmp_path)) == before
+    file.write_bytes(b'{"messages": 10}\n')
+    assert hub_version(hub(tmp_path)) != before
+
+
+def test_only_the_prefix_makes_it_a_hub_dataset(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no such file\. .* a dataset of the hub is written hf:NAME"):
+        list(source_records(SourceConfig(name="typo", path="owner/name")))
+
+
+# --- encodings
+
+
+def test_a_byte_order_mark_at_the_start_is_no_text(tmp_path: Path) -> None:
+    (first, *_) = read_records(write(tmp_path, "chats.jsonl", b"\xef\xbb\xbf" + JSONL))
+    assert parse_line(first.row, "f:1") == ROWS[0]
+    (item, *_) = read_records(write(tmp_path, "chats.json", b"\xef\xbb\xbf" + ARRAY))
+    assert item.row == ROWS[0]
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.json", "chats.jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf_16_is_refused_with_the_way_to_convert_it(tmp_path: Path, name: str, encoding: str) -> None:
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    text = refused(write(tmp_path, name, (mark + ARRAY.decode()).encode(encoding)))
+    assert "is UTF-16 text. Convert it: iconv" in text
+
+
+def test_a_list_inside_an_object_is_refused_with_the_way_to_unwrap_it(tmp_path: Path) -> None:
+    text = refused(write(tmp_path, "chats.json", json.dumps({"data": ROWS}).encode()))
+    assert "found one object with a list under `data`" in text
+    assert "jq '.data' chats.json" in text
+    assert "found one chat" in refused(write(tmp_path, "chats.json", json.dumps({"messages": []}).encode()))
+
+
+@pytest.mark.parametrize(("line", "row"), [(b'"\xff"', "\ufffd"), (b'"a\tb\x00"', "a\tb\x00")])
+def test_lenient_decoding_forgives_bytes_and_control_characters(line: bytes, row: str) -> None:
+    assert parse_line(line, "f:1", lenient=True) == row
+    with pytest.raises(RowError):
+        parse_line(line, "f:1")
+
+
+@pytest.mark.parametrize("lenient", [True, False])
+def test_a_line_with_zero_bytes_is_not_taken_for_utf_16(lenient: bool) -> None:
+    with pytest.raises(RowError) as raised:
+        parse_line(b"[\x001\x00]\x00", "f:1", lenient=lenient)
+    assert raised.value.reason == "not JSON"

@@ -1,0 +1,137 @@
+"""The report: one set of numbers, on the screen and in report.json, and the warning that matters."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ochat.config import Config, load_config
+from ochat.data.prepare import prepare
+from ochat.data.report import make_report, print_report
+from ochat.data.store import Manifest
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "tokenizers" / "mini-mistral"
+
+
+def row(content: str, **keys: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}], **keys}
+
+
+def settings(folder: Path, sources: dict[str, list[object]], *overrides: str, **keys: dict[str, object]) -> Config:
+    listed = []
+    for name, rows in sources.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        listed.append({"name": name, "path": str(path), **keys.get(name, {})})
+    tree = {
+        "run": {"name": "tiny"},
+        "model": {"name_or_path": str(FIXTURE), "template": "openchat-3.5", "max_length": 64},
+        "data": {"prepared_dir": str(folder / "prepared"), "num_proc": 1, "on_error": "skip", "sources": listed},
+        "batch": {"micro_batch_tokens": 64, "global_batch_tokens": 64},
+    }
+    (folder / "experiment.yaml").write_text(json.dumps(tree))
+    return load_config(folder / "experiment.yaml", overrides)
+
+
+def report(config: Config) -> dict:
+    return make_report(config, prepare(config))
+
+
+# Replies of "a": the letter and the end of turn, 2 supervised tokens each.
+EXPERT, CARELESS = {"weight": 1.0}, {"weight": 0.1}
+
+
+def test_the_file_holds_the_numbers_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = {"good": [row("a")] * 3 + [{"messages": []}], "bad": [row("b c")]}
+    config = settings(tmp_path, sources, good=EXPERT, bad=CARELESS)
+    manifest = prepare(config)
+    print_report(config, manifest)
+    out = capsys.readouterr().out
+    written = json.loads((tmp_path / "prepared" / "report.json").read_text())
+    assert written == make_report(config, manifest)
+    good = written["sources"]["good"]
+    assert (good["read"], good["kept"], good["dropped"], good["noticed"]) == (
+        4,
+        3,
+        {"no messages": 1},
+        {"duplicate": 2},
+    )
+    # 3 x 2 tokens x 1.0 against 3 tokens (two letters, the end of turn) x 0.1
+    assert good["weighted_sum"] == pytest.approx(6.0)
+    assert good["gradient_share"] == pytest.approx(6 / 6.3)
+    (line,) = (line for line in out.splitlines() if " good " in line)
+    for shown in ("4", "3", "1", f"{6 / 6.3:.1%}", f"{good['tokens']}", f"{good['supervised_share']:.1%}"):
+        assert shown in line.split()
+    assert "good: dropped 1 no messages" in out
+    assert "good: noticed 2 duplicate" in out
+    assert prepare(config) == manifest  # a report beside it does not make the dataset a stranger's
+
+
+def test_lengths_are_those_of_rows(tmp_path: Path) -> None:
+    config = settings(tmp_path, {"good": [row("a")] * 98 + [row("a a a")] * 2}, good={})
+    length = report(config)["sources"]["good"]["length"]
+    assert length == {"p50": length["p50"], "p90": length["p50"], "p99": length["p50"] + 2, "max": length["p50"] + 2}
+
+
+def test_message_weighting_counts_replies(tmp_path: Path) -> None:
+    sources = {"good": [row("a")], "bad": [row("b c d e f g")]}
+    by_token = report(settings(tmp_path, sources))["sources"]
+    by_message = report(settings(tmp_path, sources, "loss.weighting=message"))["sources"]
+    assert by_token["good"]["gradient_share"] < 0.4
+    assert by_message["good"]["gradient_share"] == 0.5
+
+
+# --- the low class
+
+
+def test_a_low_source_that_dominates_is_warned_of_with_the_weight_that_balances(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    # 1 x 2 tokens x 1.0 = 2 against 40 x 2 x 0.1 = 8; even at 0.1 x 2 / 8 = 0.025
+    config = settings(tmp_path, {"good": [row("a")], "bad": [row("b")] * 40}, good=EXPERT, bad=CARELESS)
+    print_report(config, prepare(config))
+    expected = (
+        "source bad has the lower weight (0.1) and still 80.0% of the gradient, against 20.0% of those rated higher: "
+        "the model will mostly learn from it. They are even at a weight of 0.025."
+    )
+    assert caplog.messages[-1] == expected
+    assert expected in capsys.readouterr().out.replace("\n", " ")
+    even = settings(
+        tmp_path, {"good": [row("a")], "bad": [row("b")] * 40}, "data.sources.1.weight=0.025", good=EXPERT, bad=CARELESS
+    )
+    shares = [numbers["gradient_share"] for numbers in report(even)["sources"].values()]
+    assert shares == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("weights", "rows"),
+    [
+        ((1.0, 0.1), (1, 9)),  # 2 against 1.8
+        ((1.0, 1.0), (1, 40)),  # neither is lower
+        ((1.0, 0.0), (1, 40)),  # weighs nothing
+        ((0.1, 1.0), (1, 40)),  # the higher one dominates
+    ],
+)
+def test_otherwise_there_is_no_warning(tmp_path: Path, weights: tuple[float, float], rows: tuple[int, int]) -> None:
+    sources = {name: [row("a")] * n for name, n in zip(("x", "y"), rows, strict=True)}
+    keys = {name: {"weight": w} for name, w in zip(("x", "y"), weights, strict=True)}
+    assert report(settings(tmp_path, sources, **keys))["warnings"] == []
+
+
+# --- rewards
+
+
+def test_the_weights_that_rewards_come_to_are_shown_and_clipping_shrinks_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row("a", score=score) for score in (100, 1, 0)]
+    field = {"reward_field": "score"}
+    wild = settings(tmp_path, {"scored": rows}, "loss.beta=1", scored=field)
+    print_report(wild, prepare(wild))
+    assert "scored: weights from rewards  min 3.72e-44" in capsys.readouterr().out
+    before = Manifest.read(tmp_path / "prepared").fingerprint
+    tame = settings(tmp_path, {"scored": rows}, "loss.beta=1", scored={**field, "reward_clip": [0.5, 1]})
+    weights = report(tame)["sources"]["scored"]["item_weights"]
+    # 100 -> 1, 1 -> 1, 0 -> 0.5: weights 1, 1, exp(-0.5)
+    assert (weights["min"], weights["p50"], weights["max"]) == pytest.approx((0.6065306597, 1.0, 1.0))
+    assert Manifest.read(tmp_path / "prepared").fingerprint == before  # a clip tokenises nothing again
