@@ -113,6 +113,8 @@ def _content(content: object, key: str, where: str) -> str:
 
 def _own_weight(item: Mapping[str, Any], where: str) -> float | None:
     given = {key: item[key] for key in WEIGHT_KEYS if item.get(key) is not None}
+    if not given:
+        return None
     numbers = {
         key: float(value) if key == "train" and isinstance(value, bool) else number(value, key, where, minimum=0.0)
         for key, value in given.items()

@@ -21,7 +21,8 @@ def truncate(
 
     The first token is never predicted, so a weight there supervises nothing.
     """
-    limit = whole_turns(item.input_ids.tolist(), max_length, end_of_turn)
+    is_long = len(item.input_ids) > max_length
+    limit = whole_turns(item.input_ids.tolist(), max_length, end_of_turn) if is_long else max_length
     supervised = np.flatnonzero(item.token_weights[1:limit])
     if len(supervised) == 0:
         return None

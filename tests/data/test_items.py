@@ -192,7 +192,40 @@ def test_counts_add_up() -> None:
     assert one == Counts(read=4, kept=3, dropped={"no reply": 1}, weight_sum=2.0, conditions={"a": 1, "b": 3})
 
 
+# --- duplicates
+
+
+def test_turns_that_join_to_one_text_are_no_duplicates(tokenizer: ChatTokenizer) -> None:
+    one = row(("assistant", "x", 1), ("assistant", "y", 1))
+    other = row(("assistant", "xassistant y", 1))
+    assert len(set(chunk([one, other], tokenizer).digests)) == 2
+    assert len(set(chunk([one, one], tokenizer).digests)) == 1
+
+
+def test_dropped_duplicates_take_their_counts_with_them(tokenizer: ChatTokenizer) -> None:
+    one, two = row(("assistant", "a b", 1)), row(("assistant", "c", 1))
+    alone, expected = build([one, two], tokenizer)
+    batch, counts = settle(chunk([one, one, two], tokenizer), {}, drop_duplicates=True)
+    assert batch.column("input_ids").equals(alone.column("input_ids"))
+    assert (counts.read, counts.dropped, counts.noticed["duplicate"]) == (3, {"duplicate": 1}, 1)
+    assert (counts.tokens, counts.weight_sum) == (expected.tokens, expected.weight_sum)
+    assert settle(chunk([one, one, two], tokenizer), {}, drop_duplicates=False)[1].kept == 3
+
+
 # --- errors name the line
+
+
+def test_a_run_that_is_only_checked_makes_no_rows(tokenizer: ChatTokenizer) -> None:
+    source = SourceConfig(name="chats", path="chats.jsonl")
+    data = DataConfig(prepared_dir="p", sources=(source,))
+    records = [Record(number=n, row=r) for n, r in enumerate([row(("assistant", "a", 1)), {"messages": []}], 1)]
+    checked, made = (
+        build_items(records, source, data, source_id=0, tokenizer=tokenizer, max_length=99, check_only=check_only)
+        for check_only in (True, False)
+    )
+    assert (checked.batch.num_rows, made.batch.num_rows) == (0, 1)
+    assert checked.problems == made.problems
+    assert len(made.problems) == 1
 
 
 def test_a_bad_row_is_named_by_file_and_line(tokenizer: ChatTokenizer) -> None:

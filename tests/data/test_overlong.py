@@ -1,6 +1,7 @@
 """What is beyond model.max_length: cut without half an end-of-turn, or cut between turns."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,21 @@ def test_truncation_takes_half_an_end_of_turn_away_with_its_weight() -> None:
     assert half is not None
     assert cut.input_ids.tolist() == [1, 7]
     assert half.input_ids.tolist() == [1, 7, 8]
+
+
+def test_rows_of_a_template_whose_end_of_turn_is_two_tokens_end_with_both_or_neither(
+    request: pytest.FixtureRequest,
+) -> None:
+    folder = request.config.rootpath / "tests" / "fixtures" / "tokenizers" / "mini-mistral"
+    template = replace(get_template("openchat-3.5"), end_of_turn="<|end_of_turn|>\n")
+    tokenizer = ChatTokenizer(load_tokenizer(str(folder), template), template)
+    first, second = tokenizer.end_of_turn_ids[0], tokenizer.end_of_turn_ids[1:]
+    (whole,), _ = build(tokenizer, LONG[1:3], max_length=1000, overlong="truncate")
+    assert whole["input_ids"][-len(second) - 1 :] == [first, *second]
+    for limit in range(len(whole["input_ids"]) - len(second) - 3, len(whole["input_ids"])):
+        (row,), _ = build(tokenizer, LONG[1:3], max_length=limit, overlong="truncate")
+        without = len(whole["input_ids"]) - len(second) - 1
+        assert len(row["input_ids"]) == min(limit, without)
 
 
 # --- policies
