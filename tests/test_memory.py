@@ -129,6 +129,8 @@ def test_a_gpu_has_whole_buckets_and_a_context():
 
     assert estimate.buckets == 3 * 2 * BUCKET_ELEMENTS + 4 * BUCKET_ELEMENTS
     assert estimate.overhead == GPU_OVERHEAD_BYTES
+    # Llama 3's embeddings are longer than a bucket and travel whole.
+    assert estimate_memory(LLAMA_3_8B, EIGHT_GPUS).buckets == 6 * BUCKET_ELEMENTS + 4 * 128_256 * 4096
     assert estimate_memory(TINY, CPU).buckets == 2 * 2 * 100 + 4 * 100
     assert estimate_memory(TINY, CPU).overhead == 0
     assert estimate_memory(TINY, replace(CPU, on_gpu=True, zero_stage=1)).buckets == 0
