@@ -19,6 +19,7 @@ from ochat.data.conversation import Conversation, Message
 _UGLY = re.compile("\x1b\\[[0-9;]*[A-Za-z]|\ufeff|\r\n?|[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\ud800-\udfff]")
 _INVISIBLE = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]*")
 MERGED_WITH = "\n\n"
+_UGLY_ASCII = bytes(code for code in range(128) if _UGLY.search(chr(code)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,8 @@ class Verdict:
 
 def is_ugly(text: str) -> bool:
     """Whether `data.hygiene=clean` would change the text."""
+    if text.isascii():  # nearly all text; deleting bytes is twenty times faster than searching
+        return len(text.encode().translate(None, _UGLY_ASCII)) < len(text)
     return _UGLY.search(text) is not None
 
 

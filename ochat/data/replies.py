@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 def reply_starts(token_weights: NDArray[np.float32]) -> NDArray[np.intp]:
     """Where each reply begins."""
     supervised = token_weights != 0
-    return np.flatnonzero(np.diff(supervised, prepend=False) & supervised)
+    begins = supervised.copy()
+    begins[1:] &= ~supervised[:-1]
+    return np.flatnonzero(begins)
 
 
 def per_message_weights(token_weights: NDArray[np.float32]) -> NDArray[np.float32]:
