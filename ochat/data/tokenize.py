@@ -39,7 +39,7 @@ def load_tokenizer(name_or_path: str, template: Template) -> PreTrainedTokenizer
         raise TemplateError(
             f"{name_or_path}: no tokenizer to be read there ({reason}). It needs tokenizer.json."
         ) from exc
-    if tokenizer.bos_token_id is None:
+    if tokenizer.bos_token_id is None and template.bos == "required":
         raise TemplateError(
             f"{name_or_path}: the tokenizer has no bos_token, which template {template.name!r} begins with."
         )
@@ -70,10 +70,10 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: Template) -> None:
         self.template = template
-        self.bos_id: int = tokenizer.bos_token_id
+        self._has_bos = template.bos != "never" and tokenizer.bos_token_id is not None
+        self.bos_id: int = tokenizer.bos_token_id if self._has_bos else -1
         self._markup = _encoder(tokenizer)
-        self._content = _encoder(tokenizer)
-        self._content.encode_special_tokens = True
+        self._content = _plain_encoder(tokenizer)
         self._control_ids = frozenset(tokenizer.added_tokens_decoder)
         self._markup_ids: dict[str, list[int]] = {}
         self._safe_conditions: set[str] = set()
@@ -83,18 +83,27 @@ class ChatTokenizer:
                 raise TemplateError(f"control token {token!r} of template {template.name!r} is not one token here.")
 
     def tokenize(self, conversations: Sequence[Conversation]) -> list[TokenizedConversation]:
-        """Encode whole conversations for training. TemplateError if a condition spells a control token."""
+        """Encode whole conversations for training. TemplateError as from `check_condition`, or for an unknown role."""
         rendered = []
         for conversation in conversations:
             self.check_condition(conversation.condition)
             rendered.append(tuple(render(self.template, conversation)))
-        return self._join(rendered)
+        return self._encode(rendered)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """Encode a prompt to be continued: default condition filled in, last end-of-turn left open."""
         self.check_condition(conversation.condition)
         segments = tuple(render_prompt(self.template, conversation))
-        return self._join([segments])[0].input_ids.tolist()
+        return self._encode([segments])[0].input_ids.tolist()
+
+    def _encode(self, rendered: Sequence[Sequence[Segment]]) -> list[TokenizedConversation]:
+        items = self._join(rendered)
+        if self._has_bos:
+            return items
+        # _join writes bos_id in front of every conversation, with weight 0.
+        return [
+            TokenizedConversation(input_ids=item.input_ids[1:], token_weights=item.token_weights[1:]) for item in items
+        ]
 
     def _join(self, rendered: Sequence[Sequence[Segment]]) -> list[TokenizedConversation]:
         contents = [s.text for segments in rendered for s in segments if s.kind == "content"]
@@ -138,4 +147,15 @@ def _encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     # A tokenizer.json may carry these from whoever saved it; both would change ids without a word.
     encoder.no_truncation()
     encoder.no_padding()
+    return encoder
+
+
+def _plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """An encoder that makes no added token of any text, but for runs of white space, which are text."""
+    encoder = _encoder(tokenizer)
+    encoder.encode_special_tokens = True
+    # That switch is for special tokens only; an ordinary added token (Qwen's <tool_call>) has to become one here.
+    ordinary = [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special]
+    markup = [text for text in ordinary if text.replace("\u2581", " ").strip()]
+    encoder.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in markup])
     return encoder
