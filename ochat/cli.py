@@ -64,6 +64,19 @@ def chat(
     run_terminal(load_chat(checkpoint), condition=condition, sampling=sampling, message=message)
 
 
+@app.command(name="add-tokens")
+def add_tokens(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="folder or hub name of a pretrained model")],
+    template: Annotated[str, typer.Option(help="whose control tokens to add")],
+    to: Annotated[str, typer.Option(metavar="DIR", help="new folder")],
+) -> None:
+    """Copy a base model with the control tokens a template needs, each on an embedding row that can be trained."""
+    from ochat.add_tokens import add_tokens
+
+    print(add_tokens(base, template=template, to=to).report())
+    print(f"\nnext: ochat train CONFIG model.name_or_path={shlex.quote(to)} model.template={template}")
+
+
 def main() -> None:
     """Entry of the console script: an OchatError is one paragraph on stderr and exit code 2."""
     setup_logging()
