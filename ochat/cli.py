@@ -10,7 +10,8 @@ import typer
 from ochat.errors import OchatError
 from ochat.log import setup_logging
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+ABOUT = "C-RLFT: fine-tune chat models on mixed-quality data, conditioned on its source and weighted by its reward."
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML experiment")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.path=value]...", help="override values")]
@@ -103,11 +104,27 @@ def chat(
     run_terminal(load_chat(checkpoint), condition=condition, sampling=sampling, message=message)
 
 
+@app.command(name="add-tokens")
+def add_tokens(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="folder or hub name of a pretrained model")],
+    template: Annotated[str, typer.Option(help="whose control tokens to add")],
+    to: Annotated[str, typer.Option(metavar="DIR", help="new folder")],
+) -> None:
+    """Copy a base model with the control tokens a template needs, each on an embedding row that can be trained."""
+    from ochat.add_tokens import add_tokens
+
+    print(add_tokens(base, template=template, to=to).report())
+    print(f"\nnext: ochat train CONFIG model.name_or_path={shlex.quote(to)} model.template={template}")
+
+
 def main() -> None:
     """Entry of the console script: an OchatError is one paragraph on stderr and exit code 2."""
     setup_logging()
     try:
         app()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from the last checkpoint, if there is one\n")
+        sys.exit(130)
     except (OchatError, OSError) as exc:
         sys.stderr.write(f"error: {exc}\n")
         sys.exit(2)

@@ -1,10 +1,9 @@
-"""Hugging Face causal LMs, untouched: loading, rows for added control tokens, and attention that stays in a document.
+"""Hugging Face causal LMs, untouched: loading, and attention that stays in a document.
 
 T tokens of a packed row, S documents in it, D hidden size, V vocabulary, H query heads, K key heads, A head size.
 """
 
 import difflib
-import logging
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from ochat.backend import Attention, Backend
 from ochat.config import ModelConfig
 from ochat.data.batch import PackedBatch
+from ochat.data.template import get_template
+from ochat.embeddings import fit_vocabulary
 from ochat.errors import BackendError, ConfigError
-
-log = logging.getLogger(__name__)
 
 # Families whose packed forward pass is tested, document by document, against one-by-one.
 FAMILIES = ("llama", "mistral")
@@ -55,7 +54,8 @@ def load_model(
             raise ConfigError(
                 f"model.name_or_path: {_first_line(exc)} For an untrained model set model.init=random."
             ) from exc
-        resize_vocabulary(loaded, len(tokenizer))
+        control_tokens = get_template(model.template).control_tokens
+        fit_vocabulary(loaded, len(tokenizer), tokenizer.convert_tokens_to_ids(list(control_tokens)))
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable({"use_reentrant": False})
     return loaded
@@ -90,18 +90,6 @@ def _construct(hf_config: Any, attention: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError) as exc:
         raise ConfigError(f"model.config_overrides: no model can be made of this shape: {_first_line(exc)}") from exc
-
-
-def resize_vocabulary(model: PreTrainedModel, num_tokens: int) -> None:
-    """Make the embeddings as long as the tokenizer; a new token starts as the mean of the old, taken in float32."""
-    old = model.config.vocab_size
-    if old == num_tokens:
-        return
-    model.resize_token_embeddings(num_tokens, mean_resizing=False)
-    with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            layer.weight[old:] = layer.weight[:old].float().mean(dim=0).to(layer.weight.dtype)
-    log.info("vocabulary: %d -> %d tokens, as the tokenizer has; a new row is the mean of the old", old, num_tokens)
 
 
 def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:

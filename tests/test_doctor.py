@@ -15,6 +15,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from ochat import doctor_facts, doctor_room, doctor_text
 from ochat.config import Config
 from ochat.data.prepare import prepare
+from ochat.data.tokenize import _encoder
 from ochat.doctor import examine
 from ochat.doctor_facts import Finding, gather
 from ochat.doctor_room import host_memory_bytes
@@ -279,15 +280,20 @@ def test_a_probe_that_one_string_cannot_carry_fails(tmp_path: Path, monkeypatch:
     assert look(config, "chat template").status == "fail"
 
 
-@pytest.mark.parametrize(("special", "status"), [(True, "ok"), (False, "fail")])
-def test_an_added_token_that_can_be_typed_fails(tmp_path: Path, special: bool, status: str):
+@pytest.mark.parametrize("special", [True, False])
+def test_no_added_token_can_be_typed_and_one_that_could_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, special: bool
+):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(TOKENIZERS / "mini-mistral")
     tokenizer.add_tokens(["<tool>"], special_tokens=special)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    found = look(make_experiment(tmp_path, f"model.tokenizer_name_or_path={tmp_path}/tokenizer"), "injection")
+    config = make_experiment(tmp_path, f"model.tokenizer_name_or_path={tmp_path}/tokenizer")
 
-    assert found.status == status
-    assert ("<tool>" in found.found) == (status == "fail")
+    assert look(config, "injection").status == "ok"
+    monkeypatch.setattr("ochat.data.tokenize._plain_encoder", _encoder)  # contents read as markup is
+    found = look(config, "injection")
+    assert found.status == "fail"
+    assert "<tool>" in found.found
 
 
 @pytest.mark.parametrize(("words", "status"), [(3, "ok"), (500, "fail")])

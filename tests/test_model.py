@@ -10,9 +10,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from ochat.backend import select_backend
 from ochat.config import EngineConfig, ModelConfig
+from ochat.data.template import get_template
+from ochat.data.tokenize import load_tokenizer
 from ochat.errors import ConfigError
-from ochat.model import hidden_states, lm_head_weight, load_model, resize_vocabulary, varlen
+from ochat.model import hidden_states, lm_head_weight, load_model, varlen
 from tests.documents import Document, pack
+from tests.experiment import TOKENIZERS
 
 SHAPE = {
     "vocab_size": 64,
@@ -153,17 +156,22 @@ def test_random_weights_follow_the_seed(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_new_token_starts_as_the_mean_of_the_old(tmp_path):
-    ARCHITECTURES["llama"].save_pretrained(tmp_path)
-    model = load(tmp_path)
-    means = [e.weight.detach().mean(dim=0) for e in (model.get_input_embeddings(), model.get_output_embeddings())]
+def test_a_pretrained_base_gets_rows_for_the_control_tokens_of_the_template(tmp_path):
+    tokenizer = load_tokenizer(str(TOKENIZERS / "mini-llama3"), get_template("openchat-3.6"))
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**{**SHAPE, "vocab_size": len(tokenizer)}))
+    reserved = tokenizer.convert_tokens_to_ids(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+    with torch.no_grad():
+        base.get_input_embeddings().weight[reserved] = 0.0
+    base.save_pretrained(tmp_path)
+    model = ModelConfig(name_or_path=str(tmp_path), template="openchat-3.6", max_length=16)
 
-    resize_vocabulary(model, 66)
+    loaded = load_model(model, tokenizer, select_backend(EngineConfig(type="torch")), seed=0)
 
-    for layer, mean in zip((model.get_input_embeddings(), model.get_output_embeddings()), means, strict=True):
-        assert layer.weight.shape[0] == 66
-        assert torch.allclose(layer.weight[64:], mean.expand(2, -1), atol=1e-7)
-    assert model.config.vocab_size == 66
+    old, new = base.get_input_embeddings().weight, loaded.get_input_embeddings().weight
+    trained = [i for i in range(len(tokenizer)) if i not in reserved]
+    assert torch.equal(new[trained].float(), old[trained])
+    assert torch.allclose(new[reserved].float(), old[trained].mean(dim=0).expand(3, -1), atol=1e-6)
+    assert torch.equal(loaded.get_output_embeddings().weight.float(), base.get_output_embeddings().weight)
 
 
 def test_checkpointing_is_on_when_asked_for(tmp_path):

@@ -28,6 +28,7 @@ from ochat.data.problems import MAX_SHOWN, Problem, problems_error
 from ochat.data.records import Record, check_chat_file, hash_file, source_records
 from ochat.data.store import (
     FORMAT_VERSION,
+    MANIFEST_NAME,
     TRAIN_SPLIT,
     Manifest,
     PreparedSplit,
@@ -64,8 +65,10 @@ def prepare(config: Config) -> Manifest:
     Raises DataError (with file and line) and TemplateError; on any error no dataset, old or new, is touched.
     """
     template = get_template(config.model.template)
-    tokenizer = load_tokenizer(config.tokenizer_name_or_path, template)
     prepared_dir = Path(config.data.prepared_dir)
+    if not (prepared_dir / MANIFEST_NAME).is_file():
+        _check_chat_files(config)  # at once, not after a tokenizer has been fetched
+    tokenizer = load_tokenizer(config.tokenizer_name_or_path, template)
     with locked(prepared_dir):
         try:
             manifest = check_prepared(config, template, tokenizer)
@@ -74,13 +77,17 @@ def prepare(config: Config) -> Manifest:
         else:
             log.info("prepared dataset %s is up to date (%s)", prepared_dir, manifest.fingerprint[:12])
             return manifest
-        for source in config.data.sources:
-            if not is_hub(source):
-                check_chat_file(Path(source.path))
+        _check_chat_files(config)
         check_replaceable(prepared_dir)
         with replace_folder(prepared_dir) as folder:
             manifest = _prepare_into(folder, config, template, tokenizer)
     return manifest
+
+
+def _check_chat_files(config: Config) -> None:
+    for source in config.data.sources:
+        if not is_hub(source):
+            check_chat_file(Path(source.path))
 
 
 def _prepare_into(folder: Path, config: Config, template: Template, tokenizer: PreTrainedTokenizerFast) -> Manifest:

@@ -1,7 +1,8 @@
 """Conversation templates: data, how a conversation becomes segments of text, and the same as a Jinja template.
 
 BOS, then for each message: role prefix, content, end-of-turn. Prefixes and end-of-turns are markup and may hold control
-tokens; content never does, whatever it spells. Strings only: token ids are tokenize.py's business.
+tokens; content never does, whatever it spells. Strings only: token ids are tokenize.py's business. docs/templates.md
+says how to add a template, and for which contents the Jinja's one string has the training ids.
 
     openchat-3.5, condition "GPT4":   GPT4 User:|Hi|<|end_of_turn|>|GPT4 Assistant:|Hello|<|end_of_turn|>
     loss weight                       0         |0 |0             |0              |1    |1
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ochat.data.conversation import Conversation, Message, Role
+from ochat.data.conversation import ROLES, Conversation, Message, Role
 from ochat.errors import TemplateError
 
 CONDITION = "{condition} "
@@ -22,8 +23,11 @@ CONDITION = "{condition} "
 class Template:
     """How one family of models writes a conversation.
 
-    prefixes           role -> text before a message; "{condition} " vanishes when the condition is empty
-    end_of_turn        text after a message
+    prefixes           role -> text before a message; "{condition} " vanishes when the condition is empty. A role that
+                       is not there is refused
+    end_of_turn        text after a message, learned with it
+    separator          text between an end-of-turn and the next prefix, never learned: one piece with that prefix
+    bos                whether the BOS token comes first; "optional" is when the tokenizer has one
     default_condition  what an empty condition means at inference; in training empty stays empty
     control_tokens     texts that must each be one special token of the tokenizer
     """
@@ -33,6 +37,8 @@ class Template:
     end_of_turn: str
     default_condition: str
     control_tokens: tuple[str, ...]
+    separator: str = ""
+    bos: Literal["required", "optional", "never"] = "required"
     aliases: tuple[str, ...] = ()
 
 
@@ -46,11 +52,17 @@ class Segment:
 
 
 _END_OF_TURN = "<|end_of_turn|>"
+_HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _CONDITIONED: Mapping[Role, str] = {
     "system": "",
     "user": "{condition} User:",
     "assistant": "{condition} Assistant:",
 }
+
+
+def _per_role(text: str) -> Mapping[Role, str]:
+    return {role: text.replace("{role}", role) for role in ROLES}
+
 
 TEMPLATES: Mapping[str, Template] = {
     template.name: template
@@ -64,7 +76,7 @@ TEMPLATES: Mapping[str, Template] = {
             },
             end_of_turn="<|eot_id|>",
             default_condition="GPT4 Correct",
-            control_tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+            control_tokens=_HEADERS,
             aliases=("openchat_3.6",),
         ),
         Template(
@@ -83,6 +95,55 @@ TEMPLATES: Mapping[str, Template] = {
             control_tokens=(_END_OF_TURN,),
             aliases=("openchat_v3.2",),
         ),
+        Template(
+            name="openchat-1",
+            prefixes={"system": "", "user": "Human: ", "assistant": "Assistant: "},
+            end_of_turn=_END_OF_TURN,
+            default_condition="",
+            control_tokens=(_END_OF_TURN,),
+            aliases=("openchat", "openchat_8192"),
+        ),
+        Template(
+            name="opencoder",
+            prefixes={"system": "", "user": "User:", "assistant": "Assistant:"},
+            end_of_turn=_END_OF_TURN,
+            default_condition="",
+            control_tokens=(_END_OF_TURN,),
+            bos="never",
+            aliases=("opencoderplus",),
+        ),
+        Template(
+            name="chatml",
+            prefixes=_per_role("<|im_start|>{role}\n"),
+            end_of_turn="<|im_end|>",
+            separator="\n",
+            default_condition="",
+            control_tokens=("<|im_start|>", "<|im_end|>"),
+            bos="optional",  # Qwen's tokenizers have none
+        ),
+        Template(
+            name="zephyr",
+            prefixes=_per_role("<|{role}|>\n"),  # plain text in zephyr's own tokenizer too, not control tokens
+            end_of_turn="</s>",
+            separator="\n",
+            default_condition="",
+            control_tokens=("</s>",),
+        ),
+        Template(
+            name="llama3-instruct",
+            prefixes=_per_role("<|start_header_id|>{role}<|end_header_id|>\n\n"),
+            end_of_turn="<|eot_id|>",
+            default_condition="",
+            control_tokens=_HEADERS,
+        ),
+        Template(
+            name="gemma-it",
+            prefixes={"user": "<start_of_turn>user\n", "assistant": "<start_of_turn>model\n"},
+            end_of_turn="<end_of_turn>",
+            separator="\n",
+            default_condition="",
+            control_tokens=("<start_of_turn>", "<end_of_turn>"),
+        ),
     )
 }
 
@@ -98,17 +159,24 @@ def get_template(name: str) -> Template:
 
 
 def prefix(template: Template, role: Role, condition: str) -> str:
-    """The markup before a message of `role`."""
+    """The markup before a message of `role`; TemplateError if the template has no such role."""
+    if role not in template.prefixes:
+        raise TemplateError(
+            f"template {template.name!r} has no {role} role. It knows: {', '.join(template.prefixes)}. "
+            f"Remove {role} messages, move their text into the first user message, or choose another model.template."
+        )
     return template.prefixes[role].replace(CONDITION, f"{condition} " if condition else "")
 
 
 def render(template: Template, conversation: Conversation) -> Iterator[Segment]:
     """The whole conversation as training sees it; BOS is left to the tokenizer."""
+    separator = ""
     for message in conversation.messages:
-        if text := prefix(template, message.role, conversation.condition):
+        if text := separator + prefix(template, message.role, conversation.condition):
             yield Segment(text=text, kind="markup", weight=0.0)
         yield Segment(text=message.content, kind="content", weight=message.weight)
         yield Segment(text=template.end_of_turn, kind="markup", weight=message.weight)
+        separator = template.separator
 
 
 def render_prompt(template: Template, conversation: Conversation) -> Iterator[Segment]:
@@ -132,9 +200,13 @@ def to_jinja(template: Template, *, dummy_prefix: bool) -> str:
     dummy_prefix  whether the tokenizer puts a space before every text it encodes, as SentencePiece does. Pieces that
                   are encoded one by one all get theirs; in one string, content after a prefix needs a literal space.
     """
-    default = f"default({_quote(template.default_condition)}, true)"
-    lines = ["{{ bos_token }}"]
-    lines += [f"{{% set condition = (condition | {default} | trim) %}}", "{% for message in messages %}"]
+    lines = [] if template.bos == "never" else ["{{ bos_token }}"]
+    if any(CONDITION in text for text in template.prefixes.values()):
+        default = f"default({_quote(template.default_condition)}, true)"
+        lines.append(f"{{% set condition = (condition | {default} | trim) %}}")
+    lines.append("{% for message in messages %}")
+    if template.separator:
+        lines.append(f"{{% if not loop.first %}}{{{{ {_quote(template.separator)} }}}}{{% endif %}}")
     keyword = "if"
     for role, text in template.prefixes.items():
         lines.append(f"{{% {keyword} message['role'] == {_quote(role)} %}}")
@@ -144,12 +216,36 @@ def to_jinja(template: Template, *, dummy_prefix: bool) -> str:
         keyword = "elif"
     roles = ", ".join(template.prefixes)
     lines.append(f"{{% else %}}{{{{ raise_exception('role must be one of: {roles}') }}}}{{% endif %}}")
-    end = _quote(template.end_of_turn)
-    lines += [f"{{{{ message['content'] + {end} }}}}", "{% endfor %}"]
-    lines.append(
-        f"{{% if add_generation_prompt %}}{{{{ {_jinja_prefix(template.prefixes['assistant'])} }}}}{{% endif %}}"
-    )
+    lines += [f"{{{{ message['content'] + {_quote(template.end_of_turn)} }}}}", "{% endfor %}"]
+    opening = f"{_quote(template.separator)} + " if template.separator else ""
+    opening += _jinja_prefix(template.prefixes["assistant"])
+    lines.append(f"{{% if add_generation_prompt %}}{{{{ {opening} }}}}{{% endif %}}")
     return "".join(lines)
+
+
+def in_jinja_class(template: Template, conversation: Conversation, *, dummy_prefix: bool) -> bool:
+    """Whether the Jinja's one string has the training ids, for contents that spell no added token of the tokenizer.
+
+    One string can differ where content follows text: BPE may merge across that border. docs/templates.md has the table.
+    """
+    return all(
+        _stays_apart(prefix(template, m.role, conversation.condition), m.content, template, dummy_prefix)
+        for m in conversation.messages
+    )
+
+
+def _stays_apart(before: str, content: str, template: Template, dummy_prefix: bool) -> bool:
+    if not content or not before or before.endswith(template.control_tokens):
+        return True
+    first = content[0]
+    if before.endswith(" "):  # "Human: " leaves a lone space, which only a SentencePiece word lets be
+        return dummy_prefix and first.isascii() and first.isalpha()
+    if dummy_prefix:  # the literal space begins a word, and no piece spans the border of a word
+        return True
+    if before.endswith("\n"):
+        return not first.isspace()
+    # After the colon of "User:": byte-level tokenizers split before a space or a digit, some also before a letter.
+    return first == " " or first.isdecimal()
 
 
 def _jinja_prefix(text: str) -> str:

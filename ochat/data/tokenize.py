@@ -9,6 +9,7 @@ N  tokens of a conversation
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,9 @@ def load_tokenizer(name_or_path: str, template: Template) -> PreTrainedTokenizer
     """Load a tokenizer and add the control tokens of the template that it lacks (their ids follow its last one)."""
     # Not AutoTokenizer: in transformers 5 it rebuilds Llama-type tokenizers and gets leading spaces wrong (FACTS: 92 of
     # 511 strings). PreTrainedTokenizerFast takes tokenizer.json as it is.
+    folder = Path(name_or_path)
+    if not folder.exists() and (folder.is_absolute() or name_or_path.count("/") != 1 or folder.parent.exists()):
+        raise TemplateError(f"{name_or_path}: no such folder, and no name of a hub's. Check model.name_or_path.")
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path)
     except Exception as exc:  # the tokenizers library raises nothing narrower over a damaged file
@@ -39,7 +43,7 @@ def load_tokenizer(name_or_path: str, template: Template) -> PreTrainedTokenizer
         raise TemplateError(
             f"{name_or_path}: no tokenizer to be read there ({reason}). It needs tokenizer.json."
         ) from exc
-    if tokenizer.bos_token_id is None:
+    if tokenizer.bos_token_id is None and template.bos == "required":
         raise TemplateError(
             f"{name_or_path}: the tokenizer has no bos_token, which template {template.name!r} begins with."
         )
@@ -70,10 +74,10 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: Template) -> None:
         self.template = template
-        self.bos_id: int = tokenizer.bos_token_id
+        has_bos = template.bos != "never" and tokenizer.bos_token_id is not None
+        self.bos_ids: list[int] = [tokenizer.bos_token_id] if has_bos else []
         self._markup = _encoder(tokenizer)
-        self._content = _encoder(tokenizer)
-        self._content.encode_special_tokens = True
+        self._content = _plain_encoder(tokenizer)
         self._control_ids = frozenset(tokenizer.added_tokens_decoder)
         self._markup_ids: dict[str, list[int]] = {}
         self._safe_conditions: set[str] = set()
@@ -83,7 +87,7 @@ class ChatTokenizer:
                 raise TemplateError(f"control token {token!r} of template {template.name!r} is not one token here.")
 
     def tokenize(self, conversations: Sequence[Conversation]) -> list[TokenizedConversation]:
-        """Encode whole conversations for training. TemplateError if a condition spells a control token."""
+        """Encode whole conversations for training. TemplateError as from `check_condition`, or for an unknown role."""
         rendered = []
         for conversation in conversations:
             self.check_condition(conversation.condition)
@@ -101,7 +105,7 @@ class ChatTokenizer:
         encoded = iter(self._content.encode_batch_fast(contents, add_special_tokens=False))
         result = []
         for segments in rendered:
-            ids, lengths = [self.bos_id], [1]
+            ids, lengths = [*self.bos_ids], [len(self.bos_ids)]
             for segment in segments:
                 piece = next(encoded).ids if segment.kind == "content" else self._encode_markup(segment.text)
                 ids += piece
@@ -138,4 +142,15 @@ def _encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     # A tokenizer.json may carry these from whoever saved it; both would change ids without a word.
     encoder.no_truncation()
     encoder.no_padding()
+    return encoder
+
+
+def _plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """An encoder that makes no added token of any text, but for runs of white space, which are text."""
+    encoder = _encoder(tokenizer)
+    encoder.encode_special_tokens = True
+    # That switch is for special tokens only; an ordinary added token (Qwen's <tool_call>) has to become one here.
+    ordinary = [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special]
+    markup = [text for text in ordinary if text.replace("\u2581", " ").strip()]
+    encoder.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in markup])
     return encoder

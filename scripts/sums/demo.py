@@ -41,7 +41,7 @@ EXPERT, SUBOPTIMAL = "GPT4", "GPT3"
 SUMS = SumsConfig(num_conversations=32_000)
 LIMITS = {EXPERT: (0.95, 1.0), SUBOPTIMAL: (0.0, 0.70)}
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,11 +166,9 @@ def _show_table(num_sums: int, accuracies: dict[str, Accuracy]) -> None:
 def _say_next(config: Config, curve: Path, seconds: float) -> None:
     console.print(f"\nloss curve  {curve}\nmetrics     {config.run_dir / 'metrics.jsonl'}\ntook        {seconds:.0f} s")
     console.print("\nnext, with .venv/bin on your PATH (`source .venv/bin/activate`):")
-    console.print(f"  ochat chat {config.run_dir} --message 'What is 258 + 367?' --condition {EXPERT}", soft_wrap=True)
+    console.print(f"  ochat chat {config.run_dir} --message 'What is 258 + 367?' --condition {EXPERT}")
     console.print(f"  ochat chat {config.run_dir} --condition {SUBOPTIMAL}")
-    console.print(
-        f"  ochat train {CONFIG} run.name=unweighted data.sources.1.weight=1.0  # what the weight does", soft_wrap=True
-    )
+    console.print(f"  ochat inspect {CONFIG}   # what was trained, token by token, with its weight")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_one_string_instead_of_pieces_gives_other_ids(real: tuple) -> None:
 
     def as_one_string(chat: Conversation) -> list[int]:
         text = "".join(segment.text for segment in render(ours.template, chat))
-        return [ours.bos_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return [*ours.bos_ids, *tokenizer(text, add_special_tokens=False)["input_ids"]]
 
     assert differing(lambda chat: ours.tokenize([chat])[0].input_ids.tolist(), chats, golden) == set()
     different = {golden[i]["tag"] for i in differing(as_one_string, chats, golden)}
@@ -121,7 +121,7 @@ def test_without_neutralising_typed_control_strings_differ_and_nothing_else(real
 
     def leaking(chat: Conversation) -> list[int]:
         pieces = [segment.text for segment in render(ours.template, chat)]
-        return [ours.bos_id, *chain.from_iterable(tokenizer(pieces, add_special_tokens=False)["input_ids"])]
+        return [*ours.bos_ids, *chain.from_iterable(tokenizer(pieces, add_special_tokens=False)["input_ids"])]
 
     different = differing(leaking, chats, golden)
     control = tokenizer.get_added_vocab()
@@ -201,7 +201,7 @@ def test_mini_conversations_tell_a_leak_from_plain_pieces(template: str) -> None
     ours, chat, case = mini(template, "control strings of both")
     tokenizer, _ = load(FIXTURES / MINI[template]["tokenizer"], template)
     pieces = [segment.text for segment in render(ours.template, chat)]
-    leaking = [ours.bos_id, *chain.from_iterable(tokenizer(pieces, add_special_tokens=False)["input_ids"])]
+    leaking = [*ours.bos_ids, *chain.from_iterable(tokenizer(pieces, add_special_tokens=False)["input_ids"])]
     assert leaking != case["input_ids"]
     assert ours.tokenize([chat])[0].input_ids.tolist() == case["input_ids"]
 

@@ -1,0 +1,160 @@
+"""`ochat add-tokens`: a base model's folder in, the same model with the control tokens of a template out.
+
+Works on the safetensors files: those without embeddings are copied, in the others only the embeddings change, so the
+largest file is what memory must hold. `ochat train` does the same to a base that it loads (embeddings.py).
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from ochat.data.template import Template, get_template
+from ochat.data.tokenize import ChatTokenizer, load_tokenizer
+from ochat.embeddings import RowStudy, study_rows, write_rows
+from ochat.errors import CheckpointError
+from ochat.folders import replace_folder
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+NEEDED = ("*.json", "*.safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedTokens:
+    """control_ids: token -> id. num_old: embedding rows of the base. studies: embedding matrix -> its rows."""
+
+    folder: Path
+    control_ids: Mapping[str, int]
+    num_old: int
+    num_tokens: int
+    studies: Mapping[str, RowStudy]
+
+    def report(self) -> str:
+        """What was done, a line each."""
+        lines = [f"{self.folder}: {self.num_old} -> {self.num_tokens} tokens, as many as embedding rows"]
+        for token, i in self.control_ids.items():
+            lines.append(f"  {token} = {i} ({'new row' if i >= self.num_old else 'the base has a row for it'})")
+        return "\n".join(lines + [f"  {name}: {study.summary()}" for name, study in self.studies.items()])
+
+
+def add_tokens(base: str, *, template: str, to: str | Path) -> AddedTokens:
+    """Write `to`: the base with the template's control tokens. CheckpointError if `to` holds anything already."""
+    folder = Path(to)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists and is not empty. Give --to a new folder.")
+    chosen = get_template(template)
+    source = _base_folder(base)
+    shards = _shards(source)
+    tokenizer = load_tokenizer(str(source), chosen)
+    ChatTokenizer(tokenizer, chosen)  # refuses a control token that is not one token
+    with replace_folder(folder) as new:
+        studies: dict[str, RowStudy] = {}
+        for file, names in shards.items():
+            studies |= _write_shard(source / file, new / file, names, tokenizer, chosen)
+        num_old = _write_config(source, new, num_tokens=len(tokenizer))
+        tokenizer.save_pretrained(new)
+    ids = tokenizer.convert_tokens_to_ids(list(chosen.control_tokens))
+    control_ids = dict(zip(chosen.control_tokens, ids, strict=True))
+    return AddedTokens(
+        folder=folder, control_ids=control_ids, num_old=num_old, num_tokens=len(tokenizer), studies=studies
+    )
+
+
+def _base_folder(base: str) -> Path:
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(base, allow_patterns=list(NEEDED)))
+    except Exception as exc:  # offline, unknown, gated, malformed: no base shared but Exception
+        reason = (str(exc).splitlines() or [type(exc).__name__])[0]
+        raise CheckpointError(f"{base}: neither a folder nor a model on the hub ({reason}).") from exc
+
+
+def _shards(source: Path) -> dict[str, set[str]]:
+    """File name -> the embedding matrices in it."""
+    try:
+        hf_config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{source}: no model configuration: {str(exc).splitlines()[0]}") from exc
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    matrices = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings())}
+    names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in matrices}
+    if (source / INDEX_NAME).is_file():
+        weight_map = json.loads((source / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+        return {f: {n for n in names if weight_map.get(n) == f} for f in sorted(set(weight_map.values()))}
+    if (source / SINGLE_NAME).is_file():
+        return {SINGLE_NAME: names}
+    raise CheckpointError(
+        f"{source}: neither {SINGLE_NAME} nor {INDEX_NAME}. Save the base as safetensors: "
+        f"`AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(DIR)`."
+    )
+
+
+def _write_shard(
+    old: Path, new: Path, names: set[str], tokenizer: PreTrainedTokenizerFast, template: Template
+) -> dict[str, RowStudy]:
+    """Copy a file of tensors with its embedding matrices, `names`, made to fit."""
+    if not old.is_file():
+        raise CheckpointError(f"{old}: missing, though {INDEX_NAME} names it. Download the base again.")
+    if not names:
+        shutil.copyfile(old, new)
+        return {}
+    control_ids = tokenizer.convert_tokens_to_ids(list(template.control_tokens))
+    studies = {}
+    try:
+        with safe_open(old, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as exc:
+        raise CheckpointError(f"{old}: not readable as safetensors ({exc}). Download the base again.") from exc
+    for name in sorted(names & set(tensors)):  # tied embeddings are stored once
+        weight = tensors[name]
+        studies[name] = study_rows(weight, len(tokenizer), control_ids)
+        tensors[name] = _resized(weight, len(tokenizer), studies[name])
+    save_file(tensors, new, metadata=metadata)
+    return studies
+
+
+def _resized(weight: Tensor, num_tokens: int, study: RowStudy) -> Tensor:
+    kept = min(len(weight), num_tokens)
+    resized = weight.new_empty(num_tokens, weight.shape[1])
+    resized[:kept] = weight[:kept]
+    write_rows(resized, study, num_old=kept)
+    return resized
+
+
+def _write_config(source: Path, new: Path, *, num_tokens: int) -> int:
+    """Copy the model's JSON files with the new vocabulary size and file sizes; returns the old vocabulary size."""
+    tree: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    num_old = AutoConfig.from_pretrained(source).vocab_size
+    _write_json(new / "config.json", tree | {"vocab_size": num_tokens})
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", new / "generation_config.json")
+    if (source / INDEX_NAME).is_file():
+        index = json.loads((source / INDEX_NAME).read_text(encoding="utf-8"))
+        sizes = (_num_bytes(new / file) for file in set(index["weight_map"].values()))
+        index["metadata"] = index.get("metadata", {}) | {"total_size": sum(sizes)}
+        _write_json(new / INDEX_NAME, index)
+    return num_old
+
+
+def _num_bytes(file: Path) -> int:
+    """Bytes of the tensors of a safetensors file: 8 bytes, the length of a header, the header, the tensors."""
+    with file.open("rb") as stream:
+        return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+
+
+def _write_json(path: Path, tree: object) -> None:
+    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
