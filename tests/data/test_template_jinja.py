@@ -128,6 +128,28 @@ def test_one_string_cannot_keep_a_typed_control_token_plain(folder: str, name: s
     assert of_jinja(tokenizer, typed, condition="GPT4") != of_training(ours, typed, "GPT4")
 
 
+# docs/templates.md, as contents: in the class with a dummy prefix, and without one.
+@pytest.mark.parametrize(
+    ("name", "dummy_prefix", "inside", "outside"),
+    [
+        *((name, True, ["Hi", " Hi", "\nHi", "7", "(a)", ""], []) for name in TEMPLATES if name != "openchat-1"),
+        *((name, False, [" Hi", "7", ""], ["Hi", "\nHi", "(a)"])
+          for name in ("openchat-3.5", "openchat-3.2", "opencoder")),
+        *((name, False, ["Hi", "7", "(a)", ""], [" Hi", "\nHi", "\tHi"])
+          for name in ("openchat-3.6", "llama3-instruct", "chatml", "zephyr", "gemma-it")),
+        ("openchat-1", True, [""], ["Hi", "7", " Hi"]),
+        ("openchat-1", False, [""], ["Hi", "7", " Hi"]),
+    ],
+)  # fmt: skip
+def test_the_class_is_the_one_of_the_docs(name: str, dummy_prefix: bool, inside: list[str], outside: list[str]) -> None:
+    def found(content: str) -> bool:
+        conversation = Conversation(messages=(Message(role="user", content=content),), condition="GPT4")
+        return in_jinja_class(get_template(name), conversation, dummy_prefix=dummy_prefix)
+
+    assert all(map(found, inside))
+    assert not any(map(found, outside))
+
+
 @pytest.mark.parametrize(("folder", "name", "content"), OUTSIDE)
 def test_outside_of_the_class_one_string_differs(real_tokenizers: Path, folder: str, name: str, content: str) -> None:
     tokenizer, ours = load(real_tokenizers / folder, name)

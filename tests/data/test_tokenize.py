@@ -151,6 +151,15 @@ def test_an_accepted_condition_adds_no_control_id(folder: str, name: str, data: 
     assert control_ids(tokenizer, item.input_ids.tolist()) == allowed
 
 
+def test_a_role_the_template_lacks_is_refused_before_anything_is_encoded() -> None:
+    _, ours = load(FIXTURES / "mini-mistral", "gemma-it")
+    system = Conversation(messages=(Message(role="system", content="Be brief."), Message(role="user", content="Hi")))
+    ours.check(Conversation(messages=system.messages[1:]))
+    for refuse in (ours.check, ours.prompt_ids, lambda conversation: ours.tokenize([conversation])):
+        with pytest.raises(TemplateError, match="template 'gemma-it' has no system role"):
+            refuse(system)
+
+
 # --- tokenizers
 
 
