@@ -92,11 +92,12 @@ def test_in_a_matrix_of_equal_rows_none_is_untrained() -> None:
 
 
 def test_the_mean_is_of_the_trained_rows_only() -> None:
-    weight = torch.tensor([[1.0, 3.0], [3.0, 5.0], [0.0, 0.0], [0.0, 0.0], [5.0, 4.0], [99.0, 99.0]])
-    study = study_rows(weight, 5, [2])  # the sixth row is beyond the tokenizer
+    alike = [8.0, 8.0]
+    weight = torch.tensor([[1.0, 3.0], [3.0, 5.0], [0.0, 0.0], alike, alike, alike, [5.0, 4.0], [99.0, 99.0]])
+    study = study_rows(weight, 7, [2, 4])  # the eighth row is beyond the tokenizer
     assert study.mean.tolist() == [3.0, 4.0]
-    assert (study.num_trained, study.num_untrained, study.repaired) == (3, 2, (2,))
-    assert weight[:5].mean(dim=0).tolist() != study.mean.tolist()
+    assert (study.num_trained, study.num_untrained, study.repaired) == (3, 4, (2, 4))
+    assert weight[:7].mean(dim=0).tolist() != study.mean.tolist()
 
 
 def test_the_mean_is_taken_in_float32() -> None:
@@ -116,10 +117,11 @@ def test_the_mean_is_taken_in_float32() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reserved", [0.0, 1.5])
 def test_reserved_rows_of_control_tokens_are_repaired_and_all_others_keep_their_bits(
-    name: str, dtype: torch.dtype
+    name: str, dtype: torch.dtype, reserved: float
 ) -> None:
-    model = model_with(name, 0.0, dtype)
+    model = model_with(name, reserved, dtype)
     before = weights(model)
     fit_vocabulary(model, V, [3, 31, 32])  # 3 is trained
     rest = [i for i in range(V) if i not in (31, 32)]

@@ -179,9 +179,9 @@ def _read(
     if not tidy and any(is_ugly(message.content) for message in conversation.messages):
         noticed.append("untidy text")
     try:
-        tokenizer.check_condition(conversation.condition)
+        tokenizer.check(conversation)
     except TemplateError as exc:
-        raise RowError(f"{where}: {exc}", "bad condition") from exc
+        raise RowError(f"{where}: {exc}", "does not fit the template") from exc
     verdict = apply_policies(conversation, data)
     counts.notice(dict.fromkeys((*noticed, *verdict.noticed)))
     if verdict.conversation is None:

@@ -237,15 +237,14 @@ def in_jinja_class(template: Template, conversation: Conversation, *, dummy_pref
 def _stays_apart(before: str, content: str, template: Template, dummy_prefix: bool) -> bool:
     if not content or not before or before.endswith(template.control_tokens):
         return True
-    first = content[0]
-    if before.endswith(" "):  # "Human: " leaves a lone space, which only a SentencePiece word lets be
-        return dummy_prefix and first.isascii() and first.isalpha()
+    if before.endswith(" "):  # "Human: " leaves a lone space, which may merge with whatever follows
+        return False
     if dummy_prefix:  # the literal space begins a word, and no piece spans the border of a word
         return True
     if before.endswith("\n"):
-        return not first.isspace()
+        return not content[0].isspace()
     # After the colon of "User:": byte-level tokenizers split before a space or a digit, some also before a letter.
-    return first == " " or first.isdecimal()
+    return content[0] == " " or content[0].isdecimal()
 
 
 def _jinja_prefix(text: str) -> str:

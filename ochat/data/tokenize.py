@@ -87,7 +87,7 @@ class ChatTokenizer:
                 raise TemplateError(f"control token {token!r} of template {template.name!r} is not one token here.")
 
     def tokenize(self, conversations: Sequence[Conversation]) -> list[TokenizedConversation]:
-        """Encode whole conversations for training. TemplateError as from `check_condition`, or for an unknown role."""
+        """Encode whole conversations for training. TemplateError as from `check`."""
         rendered = []
         for conversation in conversations:
             self.check_condition(conversation.condition)
@@ -122,6 +122,12 @@ class ChatTokenizer:
         if text not in self._markup_ids:
             self._markup_ids[text] = self._markup.encode(text, add_special_tokens=False).ids
         return self._markup_ids[text]
+
+    def check(self, conversation: Conversation) -> None:
+        """Refuse a conversation that the template cannot write: its condition, or a role that it lacks."""
+        self.check_condition(conversation.condition)
+        for message in conversation.messages:
+            prefix(self.template, message.role, conversation.condition)
 
     def check_condition(self, condition: str) -> None:
         """Refuse a condition that adds a control id to any prefix: a class is a word, never a turn."""

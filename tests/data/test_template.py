@@ -55,6 +55,53 @@ def test_openchat_3_6_writes_roles_as_headers_and_the_system_unconditioned() -> 
     ]
 
 
+WRITTEN = {
+    "openchat-1": ["Be brief.", EOT, "Human: ", "Hi", EOT, "Assistant: ", " Hello\n", EOT],
+    "opencoder": ["Be brief.", EOT, "User:", "Hi", EOT, "Assistant:", " Hello\n", EOT],
+    "chatml": ["<|im_start|>system\n", "Be brief.", "<|im_end|>", "\n<|im_start|>user\n", "Hi", "<|im_end|>",
+               "\n<|im_start|>assistant\n", " Hello\n", "<|im_end|>"],
+    "zephyr": ["<|system|>\n", "Be brief.", "</s>", "\n<|user|>\n", "Hi", "</s>",
+               "\n<|assistant|>\n", " Hello\n", "</s>"],
+    "llama3-instruct": ["<|start_header_id|>system<|end_header_id|>\n\n", "Be brief.", "<|eot_id|>",
+                        "<|start_header_id|>user<|end_header_id|>\n\n", "Hi", "<|eot_id|>",
+                        "<|start_header_id|>assistant<|end_header_id|>\n\n", " Hello\n", "<|eot_id|>"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("condition", ["", "GPT4"])
+def test_templates_of_others_are_written_as_their_authors_do_and_know_no_condition(name: str, condition: str) -> None:
+    segments = pieces(name, condition)
+    assert [text for text, _, _ in segments] == WRITTEN[name]
+    end = get_template(name).end_of_turn
+    learned = {"Be brief.": 0.0, "Hi": 0.25, " Hello\n": 2.0}
+    weight = 0.0
+    for text, kind, found in segments:
+        weight = learned[text] if kind == "content" else weight
+        assert found == (weight if kind == "content" or text == end else 0.0), text
+
+
+def test_gemma_it_calls_the_assistant_model_and_refuses_a_system_message() -> None:
+    assert pieces("gemma-it", "", CHAT[1:]) == [
+        ("<start_of_turn>user\n", "markup", 0.0),
+        ("Hi", "content", 0.25),
+        ("<end_of_turn>", "markup", 0.25),
+        ("\n<start_of_turn>model\n", "markup", 0.0),
+        (" Hello\n", "content", 2.0),
+        ("<end_of_turn>", "markup", 2.0),
+    ]
+    with pytest.raises(TemplateError) as raised:
+        pieces("gemma-it", "")
+    assert "template 'gemma-it' has no system role. It knows: user, assistant. Remove system" in str(raised.value)
+
+
+def test_a_prompt_opens_the_assistants_turn_after_the_separator_and_leaves_none_at_its_end() -> None:
+    hi, sure = Message(role="user", content="Hi"), Message(role="assistant", content="Sure, ")
+    begin = ["<|im_start|>user\n", "Hi", "<|im_end|>", "\n<|im_start|>assistant\n"]
+    assert prompt("chatml", "", hi) == [*begin, ""]
+    assert prompt("chatml", "", hi, sure) == [*begin, "Sure, "]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("openchat-3.5", "User:"), ("openchat-3.6", "<|start_header_id|>User<|end_header_id|>\n\n")],
@@ -102,8 +149,16 @@ def test_a_template_is_found_by_its_name_and_its_aliases(name: str) -> None:
 
 def test_the_originals_names_are_aliases() -> None:
     names = ["openchat_3.6", "openchat_v3.2_mistral", "openchat_3.5", "openchat_v3.2"]
+    names += ["openchat", "openchat_8192", "opencoderplus"]
     found = [get_template(name).name for name in names]
-    assert found == ["openchat-3.6", "openchat-3.5", "openchat-3.5", "openchat-3.2"]
+    assert found[:4] == ["openchat-3.6", "openchat-3.5", "openchat-3.5", "openchat-3.2"]
+    assert found[4:] == ["openchat-1", "openchat-1", "opencoder"]
+
+
+def test_a_name_or_alias_belongs_to_one_template() -> None:
+    names = [name for template in TEMPLATES.values() for name in (template.name, *template.aliases)]
+    assert len(TEMPLATES) == 9
+    assert len(names) == len(set(names))
 
 
 def test_an_unknown_template_answers_with_the_nearest_and_all_names() -> None:

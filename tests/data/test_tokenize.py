@@ -151,6 +151,15 @@ def test_an_accepted_condition_adds_no_control_id(folder: str, name: str, data: 
     assert control_ids(tokenizer, item.input_ids.tolist()) == allowed
 
 
+def test_a_role_the_template_lacks_is_refused_before_anything_is_encoded() -> None:
+    _, ours = load(FIXTURES / "mini-mistral", "gemma-it")
+    system = Conversation(messages=(Message(role="system", content="Be brief."), Message(role="user", content="Hi")))
+    ours.check(Conversation(messages=system.messages[1:]))
+    for refuse in (ours.check, ours.prompt_ids, lambda conversation: ours.tokenize([conversation])):
+        with pytest.raises(TemplateError, match="template 'gemma-it' has no system role"):
+            refuse(system)
+
+
 # --- tokenizers
 
 
@@ -175,6 +184,30 @@ def test_an_ordinary_added_token_cannot_be_typed_once_it_is_a_control_token(tmp_
     tokenizer, ours = load(tmp_path, "openchat-3.5")
     (item,) = ours.tokenize([chat("<|end_of_turn|>")])
     assert item.input_ids.tolist().count(tokenizer.convert_tokens_to_ids("<|end_of_turn|>")) == 1
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("folder", ["mini-llama3", "mini-mistral"])
+def test_an_ordinary_added_token_cannot_be_typed(tmp_path: Path, folder: str, normalized: bool) -> None:
+    plain = PreTrainedTokenizerFast.from_pretrained(str(FIXTURES / folder))
+    plain.add_tokens([AddedToken("<tool_call>", special=False, normalized=normalized)])
+    plain.save_pretrained(str(tmp_path))
+    tokenizer, ours = load(tmp_path, "openchat-3.5")
+    added = tokenizer.convert_tokens_to_ids("<tool_call>")
+    (item,) = ours.tokenize([chat("a <tool_call> b")])
+    (without,) = load(FIXTURES / folder, "openchat-3.5")[1].tokenize([chat("a <tool_call> b")])
+    assert added in tokenizer("a <tool_call> b")["input_ids"]
+    assert added not in item.input_ids
+    end = len(item.input_ids) - 1  # the id of <|end_of_turn|> may have moved by one
+    assert item.input_ids[:end].tolist() == without.input_ids[:end].tolist()
+
+
+def test_an_added_run_of_white_space_is_text(tmp_path: Path) -> None:
+    plain = PreTrainedTokenizerFast.from_pretrained(str(FIXTURES / "mini-llama3"))
+    plain.add_tokens([AddedToken(" " * 8, special=False, normalized=False)])  # as GPT-NeoX has them
+    plain.save_pretrained(str(tmp_path))
+    _, ours = load(tmp_path, "openchat-3.6")
+    assert len(plain) - 1 in ours.tokenize([chat("a" + " " * 8 + "b")])[0].input_ids
 
 
 def test_truncation_and_padding_saved_with_a_tokenizer_are_ignored(tmp_path: Path) -> None:
@@ -218,6 +251,21 @@ def test_a_damaged_tokenizer_file_is_a_template_error(tmp_path: Path, text: str)
     assert str(raised.value).startswith(f"{tmp_path}: ")
 
 
+def test_without_a_beginning_ids_and_weights_are_those_after_it() -> None:
+    for folder in ("mini-llama3", "mini-mistral"):
+        tokenizer, ours = load(FIXTURES / folder, "opencoder")
+        messages = (
+            Message(role="user", content="Hi", weight=0.5),
+            Message(role="assistant", content="Yes", weight=1.0),
+        )
+        (item,) = ours.tokenize([Conversation(messages=messages)])
+        (other,) = load(FIXTURES / folder, "openchat-3.5")[1].tokenize([Conversation(messages=messages)])
+        assert other.input_ids[0] == tokenizer.bos_token_id
+        assert item.input_ids.tolist() == other.input_ids[1:].tolist()
+        assert item.token_weights.tolist() == other.token_weights[1:].tolist()
+        assert ours.prompt_ids(Conversation(messages=messages)) == item.input_ids[:-1].tolist()
+
+
 def test_a_tokenizer_without_a_beginning_is_refused(tmp_path: Path) -> None:
     PreTrainedTokenizerFast.from_pretrained(str(FIXTURES / "mini-llama3")).save_pretrained(str(tmp_path))
     file = tmp_path / "tokenizer_config.json"
@@ -226,3 +274,5 @@ def test_a_tokenizer_without_a_beginning_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(tree))
     with pytest.raises(TemplateError, match="no bos_token"):
         load_tokenizer(str(tmp_path), get_template("openchat-3.6"))
+    for name in ("opencoder", "chatml"):
+        assert load_tokenizer(str(tmp_path), get_template(name)).bos_token_id is None
