@@ -70,7 +70,7 @@ UGLY = {
     "ugly/openchat_bad_weights.jsonl": (
         13,
         7,
-        {"bad weight": 4, "does not fit the template": 1, "no reply": 1},
+        {"bad weight": 4, "bad condition": 1, "no reply": 1},
         {"duplicate": 6},
     ),
     "ugly/deep_nesting.jsonl": (2, 1, {"not JSON": 1}, {}),
