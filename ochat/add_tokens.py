@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from ochat.data.template import Template, get_template
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer
 from ochat.embeddings import RowStudy, study_rows, write_rows
-from ochat.errors import CheckpointError
+from ochat.errors import CheckpointError, first_line
 from ochat.folders import replace_folder
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -77,8 +77,7 @@ def _base_folder(base: str) -> Path:
     try:
         return Path(snapshot_download(base, allow_patterns=list(NEEDED)))
     except Exception as exc:  # offline, unknown, gated, malformed: no base shared but Exception
-        reason = (str(exc).splitlines() or [type(exc).__name__])[0]
-        raise CheckpointError(f"{base}: neither a folder nor a model on the hub ({reason}).") from exc
+        raise CheckpointError(f"{base}: neither a folder nor a model on the hub ({first_line(exc)}).") from exc
 
 
 def _shards(source: Path) -> dict[str, set[str]]:
@@ -86,7 +85,7 @@ def _shards(source: Path) -> dict[str, set[str]]:
     try:
         hf_config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{source}: no model configuration: {str(exc).splitlines()[0]}") from exc
+        raise CheckpointError(f"{source}: no model configuration: {first_line(exc)}") from exc
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
     matrices = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings())}

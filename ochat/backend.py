@@ -32,6 +32,11 @@ class Backend:
     world_size: int
     reason: str
 
+    @property
+    def dtype_name(self) -> str:
+        """float32, bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 def select_backend(engine: EngineConfig) -> Backend:
     """Choose device, precision and attention for this process, by what is installed and what the launcher set."""

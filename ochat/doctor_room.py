@@ -26,7 +26,7 @@ def check_memory(facts: Facts) -> Finding:
         return unchecked(name, "the base model's shape")
     model, run = model_shape(facts), run_shape(facts)
     room = facts.plan.gpu_memory_gib * GIB if on_gpu else host_memory_bytes() / run.num_processes
-    estimate, dtype = estimate_memory(model, run), str(facts.backend.dtype).removeprefix("torch.")
+    estimate, dtype = estimate_memory(model, run), facts.backend.dtype_name
     found = (
         f"about {_gib(estimate.total)} of {_gib(room)} a process (an estimate): {_parts(estimate)}; assumes "
         f"{run.num_processes} process(es), {dtype}, "

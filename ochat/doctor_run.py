@@ -42,18 +42,14 @@ def check_backend(facts: Facts) -> Finding:
     if facts.plan.elsewhere:
         return Finding(
             name=name, status="ok",
-            found=f"{here}; planned for {facts.plan.num_processes} GPU(s) in {_dtype_name(facts.backend)}, taken to be "
+            found=f"{here}; planned for {facts.plan.num_processes} GPU(s) in {facts.backend.dtype_name}, taken to be "
             f"Ampere or later",
         )  # fmt: skip
     return Finding(name=name, status="ok", found=f"{here}; {facts.plan.num_processes} process(es)")
 
 
 def _describe(backend: Backend) -> str:
-    return f"{backend.device} {_dtype_name(backend)}, {backend.attention}"
-
-
-def _dtype_name(backend: Backend) -> str:
-    return str(backend.dtype).removeprefix("torch.")
+    return f"{backend.device} {backend.dtype_name}, {backend.attention}"
 
 
 def check_model(facts: Facts) -> Finding:

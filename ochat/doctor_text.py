@@ -12,7 +12,7 @@ from ochat.data.items import NO_REPLY
 from ochat.data.store import TRAIN_SPLIT, PreparedSplit, check_replaceable
 from ochat.data.template import to_jinja
 from ochat.data.tokenize import ChatTokenizer, adds_dummy_prefix
-from ochat.data.weights import item_weights
+from ochat.data.weights import weight_sums
 from ochat.doctor_facts import Facts, Finding, Sample, unchecked
 from ochat.errors import DataError, OchatError, TemplateError
 
@@ -264,8 +264,7 @@ def check_gradient_shares(facts: Facts) -> Finding:
     if isinstance(facts.fresh, OchatError):
         return unchecked(name, "an up-to-date prepared dataset")
     split = PreparedSplit(Path(facts.config.data.prepared_dir) / TRAIN_SPLIT)
-    sums = "reply_weight_sum" if facts.config.loss.weighting == "message" else "weight_sum"
-    weighted = item_weights(facts.config, split) * split.column(sums)
+    weighted = weight_sums(facts.config, split)
     sources = facts.config.data.sources
     shares = np.bincount(split.column("source_id"), weighted, minlength=len(sources)) / weighted.sum()
     best = facts.fresh.loader.best_source()

@@ -33,3 +33,8 @@ class CheckpointError(OchatError):
 
 class BackendError(OchatError):
     """The hardware or the process group cannot do what the configuration asks."""
+
+
+def first_line(exc: BaseException) -> str:
+    """What an exception of another library comes down to, for the brackets of one of ours."""
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]

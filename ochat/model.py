@@ -16,7 +16,7 @@ from ochat.config import ModelConfig
 from ochat.data.batch import PackedBatch
 from ochat.data.template import get_template
 from ochat.embeddings import fit_vocabulary
-from ochat.errors import BackendError, ConfigError
+from ochat.errors import BackendError, ConfigError, first_line
 
 # Families whose packed forward pass is tested, document by document, against one-by-one.
 FAMILIES = ("llama", "mistral")
@@ -52,7 +52,7 @@ def load_model(
             )
         except OSError as exc:
             raise ConfigError(
-                f"model.name_or_path: {_first_line(exc)} For an untrained model set model.init=random."
+                f"model.name_or_path: {first_line(exc)} For an untrained model set model.init=random."
             ) from exc
         control_tokens = get_template(model.template).control_tokens
         fit_vocabulary(loaded, len(tokenizer), tokenizer.convert_tokens_to_ids(list(control_tokens)))
@@ -66,7 +66,7 @@ def _load_hf_config(model: ModelConfig) -> Any:
         hf_config = AutoConfig.from_pretrained(model.name_or_path)
     except (OSError, ValueError) as exc:
         raise ConfigError(
-            f"model.name_or_path: {model.name_or_path!r} has no model configuration: {_first_line(exc)}"
+            f"model.name_or_path: {model.name_or_path!r} has no model configuration: {first_line(exc)}"
         ) from exc
     if hf_config.model_type not in FAMILIES:
         raise ConfigError(
@@ -81,7 +81,7 @@ def _load_hf_config(model: ModelConfig) -> Any:
         try:
             setattr(hf_config, key, value)
         except Exception as exc:  # transformers' own validation errors share no public base
-            raise ConfigError(f"model.config_overrides: {key} cannot be {value!r}: {_first_line(exc)}") from exc
+            raise ConfigError(f"model.config_overrides: {key} cannot be {value!r}: {first_line(exc)}") from exc
     return hf_config
 
 
@@ -89,7 +89,7 @@ def _construct(hf_config: Any, attention: str) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError) as exc:
-        raise ConfigError(f"model.config_overrides: no model can be made of this shape: {_first_line(exc)}") from exc
+        raise ConfigError(f"model.config_overrides: no model can be made of this shape: {first_line(exc)}") from exc
 
 
 def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -199,7 +199,3 @@ def varlen(
     )  # fmt: skip
     assert isinstance(output, Tensor), "auxiliary outputs were not asked for"
     return output[None], None
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]

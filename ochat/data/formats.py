@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ochat.data.keys import LIST_KEYS, ROW_KEYS, check_spelling, nearest
-from ochat.data.messages import Message, message, names, read_message
+from ochat.data.messages import TOOL_HINT, Message, message, names, read_message
 from ochat.data.problems import RowError
 
 Row = Mapping[str, Any]
@@ -92,11 +92,7 @@ def read_messages(row: Row, wanted: str, where: str, weight: float | None) -> li
     name = _format_of(row, wanted, where)
     check_spelling(row, ROW_KEYS, where)
     if any(_offers_tools(row.get(key)) for key in ("tools", "functions")):
-        raise RowError(
-            f"{where}: the row offers tools, which the model would not be shown. Tools are not supported: "
-            f"drop the row, or set data.on_error=skip to leave such rows out.",
-            "tool call",
-        )
+        raise RowError(f"{where}: the row offers tools, which the model would not be shown. {TOOL_HINT}.", "tool call")
     return FORMATS[name][1](row, where, weight)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ochat.config import HUB_PREFIX, SourceConfig
-from ochat.errors import DataError
+from ochat.errors import DataError, first_line
 
 DEFAULT_SPLIT = "train"
 
@@ -58,8 +58,7 @@ def hub_version(source: SourceConfig) -> str:
 
 
 def _refused(source: SourceConfig, exc: Exception) -> DataError:
-    reason = (str(exc).splitlines() or [type(exc).__name__])[0]
     return DataError(
-        f"{hub_name(source)}: `datasets` cannot open it ({reason}). Check the name, the source's `subset` and `split`, "
-        f"and the network. A file is written without {HUB_PREFIX!r}."
+        f"{hub_name(source)}: `datasets` cannot open it ({first_line(exc)}). Check the name, the source's "
+        f"`subset` and `split`, and the network. A file is written without {HUB_PREFIX!r}."
     )

@@ -8,7 +8,6 @@ import difflib
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +17,11 @@ from ochat.data.batch import PackedBatch
 from ochat.data.inspect_tokens import Token, TokenReader, Turn, weight_level
 from ochat.data.loader import Loader
 from ochat.data.packing import PackingPlan
-from ochat.data.prepare import check_prepared
-from ochat.data.store import TRAIN_SPLIT, Manifest, PreparedSplit
+from ochat.data.prepare import open_prepared
+from ochat.data.store import Manifest, PreparedSplit
 from ochat.data.template import get_template
 from ochat.data.tokenize import load_tokenizer
-from ochat.data.weights import item_weights
+from ochat.data.weights import item_weights, weight_sums
 from ochat.errors import ConfigError, DataError
 
 NUM_CONVERSATIONS = 3
@@ -134,12 +133,9 @@ def inspect(
     """
     template = get_template(config.model.template)
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template)
-    try:
-        manifest = check_prepared(config, template, tokenizer)
-    except DataError as exc:
-        raise DataError(f"{exc} Run: {prepare_command}") from exc
+    manifest, split = open_prepared(config, template, tokenizer, prepare_command)
     conditions = {c for count in manifest.counts.values() for c in count["conditions"]}
-    larder = _Larder(config, manifest, TokenReader(tokenizer, template, conditions))
+    larder = _Larder(config, manifest, split, TokenReader(tokenizer, template, conditions))
     items = _select(config, larder.split, source=source, row=row, num=num or (NUM_CONVERSATIONS if row is None else 1))
     conversations = tuple(larder.conversation(item) for item in items)
     shown_weights = (token.weight for conversation in conversations for token in conversation.tokens)
@@ -192,8 +188,8 @@ def _nothing_there(config: Config, chosen: list[int], lines: NDArray[np.int64], 
 class _Larder:
     """The prepared dataset with its loader, by item."""
 
-    def __init__(self, config: Config, manifest: Manifest, reader: TokenReader) -> None:
-        self.split = PreparedSplit(Path(config.data.prepared_dir) / TRAIN_SPLIT)
+    def __init__(self, config: Config, manifest: Manifest, split: PreparedSplit, reader: TokenReader) -> None:
+        self.split = split
         self._config, self._manifest, self._reader = config, manifest, reader
         self._loader = Loader(config, self.split)
         self.plan: PackingPlan = self._loader.plan(0)
@@ -248,9 +244,7 @@ class _Larder:
 
     def highest_mean_weight(self) -> float:
         """The highest mean weight of an item's supervised tokens: anchors colours to the dataset, not to the page."""
-        per_message = self._config.loss.weighting == "message"
-        sums = self.split.column("reply_weight_sum" if per_message else "weight_sum")
-        return float((self._weights * sums / self.split.column("num_supervised")).max())
+        return float((weight_sums(self._config, self.split) / self.split.column("num_supervised")).max())
 
     def _where(self, item: int) -> str:
         return f"{self._config.data.sources[self._source_id[item]].path}:{self._line[item]}"

@@ -16,7 +16,7 @@ from ochat.data.batch import PackedBatch, collate
 from ochat.data.packing import PackingPlan, plan
 from ochat.data.replies import per_message_weights
 from ochat.data.store import PreparedSplit
-from ochat.data.weights import item_weights
+from ochat.data.weights import item_weights, weight_sums
 from ochat.errors import ConfigError, DataError
 
 
@@ -52,9 +52,7 @@ class Loader:
         self._config, self._split, self._rank, self._world_size = config, split, rank, world_size
         self._weights = item_weights(config, split)
         self._source_id = split.column("source_id")
-        per_message = config.loss.weighting == "message"
-        item_sums = split.column("reply_weight_sum" if per_message else "weight_sum")
-        self._weight_sums: NDArray[np.float64] = self._weights * item_sums
+        self._weight_sums = weight_sums(config, split)
         if not self._weight_sums.sum() > 0:
             raise DataError("nothing to train on: the weight of every conversation is 0. Raise a source's weight.")
         self.plan = cache(self._plan)

@@ -113,6 +113,17 @@ def _prepare_into(folder: Path, config: Config, template: Template, tokenizer: P
     return manifest
 
 
+def open_prepared(
+    config: Config, template: Template, tokenizer: PreTrainedTokenizerFast, prepare_command: str
+) -> tuple[Manifest, PreparedSplit]:
+    """The prepared dataset of a configuration; DataError names the command that makes it where it does not fit."""
+    try:
+        manifest = check_prepared(config, template, tokenizer)
+    except DataError as exc:
+        raise DataError(f"{exc} Run: {prepare_command}") from exc
+    return manifest, PreparedSplit(Path(config.data.prepared_dir) / TRAIN_SPLIT)
+
+
 def check_prepared(config: Config, template: Template, tokenizer: PreTrainedTokenizerFast) -> Manifest:
     """The manifest of `data.prepared_dir` if it fits the configuration and the files; DataError says what does not.
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ochat.config import Config
 from ochat.data.store import REPORT_NAME, TRAIN_SPLIT, Manifest, PreparedSplit
-from ochat.data.weights import item_weights
+from ochat.data.weights import item_weights, weight_sums
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,7 @@ def make_report(config: Config, manifest: Manifest) -> dict[str, Any]:
     """
     split = PreparedSplit(Path(config.data.prepared_dir) / TRAIN_SPLIT)
     factors: NDArray[np.float64] = item_weights(config, split) if len(split) else np.zeros(0)
-    per_message = config.loss.weighting == "message"
-    weighted = factors * split.column("reply_weight_sum" if per_message else "weight_sum")
+    weighted: NDArray[np.float64] = weight_sums(config, split) if len(split) else np.zeros(0)
     source_id = split.column("source_id")
     total = float(weighted.sum())
     sources = {}

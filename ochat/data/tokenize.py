@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ochat.data.conversation import Conversation
 from ochat.data.template import Segment, Template, prefix, render, render_prompt
-from ochat.errors import TemplateError
+from ochat.errors import TemplateError, first_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +39,8 @@ def load_tokenizer(name_or_path: str, template: Template) -> PreTrainedTokenizer
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path)
     except Exception as exc:  # the tokenizers library raises nothing narrower over a damaged file
-        reason = (str(exc).splitlines() or [type(exc).__name__])[0]
         raise TemplateError(
-            f"{name_or_path}: no tokenizer to be read there ({reason}). It needs tokenizer.json."
+            f"{name_or_path}: no tokenizer to be read there ({first_line(exc)}). It needs tokenizer.json."
         ) from exc
     if tokenizer.bos_token_id is None and template.bos == "required":
         raise TemplateError(

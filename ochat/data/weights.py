@@ -31,3 +31,9 @@ def item_weights(config: Config, split: PreparedSplit) -> NDArray[np.float64]:
         names = sorted({sources[i].name for i in source_id[np.isnan(rewards)]})
         raise DataError(f"source {', '.join(names)}: items without a reward. Run `ochat prepare` again.")
     return np.asarray(np.exp((rewards - rewards.max()) / config.loss.beta), dtype=np.float64)
+
+
+def weight_sums(config: Config, split: PreparedSplit) -> NDArray[np.float64]:
+    """The sum of its tokens' loss weights [N] of each item, as trained: factor x token or reply weights."""
+    per_message = config.loss.weighting == "message"
+    return item_weights(config, split) * split.column("reply_weight_sum" if per_message else "weight_sum")

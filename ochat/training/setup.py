@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerFast
 from ochat.backend import Backend
 from ochat.config import Config
 from ochat.data.loader import Loader
-from ochat.data.prepare import check_prepared
-from ochat.data.store import TRAIN_SPLIT, Manifest, PreparedSplit
+from ochat.data.prepare import open_prepared
+from ochat.data.store import Manifest
 from ochat.data.template import get_template
 from ochat.data.tokenize import load_tokenizer
-from ochat.errors import CheckpointError, DataError
+from ochat.errors import CheckpointError
 from ochat.training.ranks import of_rank_0
 from ochat.training.state import CHECKPOINTS_NAME, TrainerState, list_checkpoints, read_state, training_recipe
 
@@ -48,11 +48,7 @@ def set_up(config: Config, backend: Backend, prepare_command: str) -> Setup:
     """Read what the run stands on. Every rank calls it; raises OchatError subclasses before anything is built."""
     template = get_template(config.model.template)
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template)
-    try:
-        manifest = check_prepared(config, template, tokenizer)
-    except DataError as exc:
-        raise DataError(f"{exc} Run: {prepare_command}") from exc
-    split = PreparedSplit(Path(config.data.prepared_dir) / TRAIN_SPLIT)
+    manifest, split = open_prepared(config, template, tokenizer, prepare_command)
     loader = Loader(config, split, rank=backend.rank, world_size=backend.world_size)
     schedule = _schedule(config, loader)
     recipe = training_recipe(

@@ -34,8 +34,7 @@ def train(config: Config, *, prepare_command: str = "ochat prepare CONFIG") -> P
     Raises OchatError subclasses for whatever the user can mend.
     """
     backend = select_backend(config.engine)
-    dtype = str(backend.dtype).removeprefix("torch.")
-    log.info("backend: %s %s, %s (%s)", backend.device, dtype, backend.attention, backend.reason)
+    log.info("backend: %s %s, %s (%s)", backend.device, backend.dtype_name, backend.attention, backend.reason)
     start_process(config, backend)
     setup = all_or_none(lambda: set_up(config, backend, prepare_command))
     metrics_log = all_or_none(lambda: _open_run(config, setup.state) if backend.rank == 0 else None)
