@@ -88,6 +88,8 @@ class SourceConfig(Section):
     """The class written into the prompt, for example `GPT4`. A row's own condition wins; empty is unconditioned."""
     format: Literal["auto", "sharegpt", "openai", "openchat", "alpaca", "dolly", "orca", "history"] = "auto"
     """Row format; `auto` looks at each row's keys."""
+    repeat: Positive = 1.0
+    """How often an epoch trains each of its chats; 0.25 takes a quarter, in the next epoch another one."""
     weight: NonNegative | None = None
     """Loss weight of every supervised token of this source (1.0 when neither weight nor reward is given)."""
     reward: float | None = None

@@ -35,7 +35,7 @@ class InspectedConversation:
     weight      factor of its source or reward, that every token's weight includes
     weight_sum  sum of its tokens' weights as trained
     cut         whether it certainly lost tokens at model.max_length; `ending` says what is known
-    step, row   where the first epoch trains it
+    place       step and row where the first epoch trains it; None: its source's repeat leaves it to a later one
     """
 
     where: str
@@ -48,8 +48,7 @@ class InspectedConversation:
     weight_sum: float
     cut: bool
     ending: str
-    step: int
-    row: int
+    place: tuple[int, int] | None
 
     @property
     def tokens(self) -> tuple[Token, ...]:
@@ -192,19 +191,18 @@ class _Larder:
         self.split = split
         self._config, self._manifest, self._reader = config, manifest, reader
         self._loader = Loader(config, self.split)
-        self.plan: PackingPlan = self._loader.plan(0)
+        made = self._loader.epoch_plan(0)
+        self.plan, self._epoch_items = made.plan, made.items
         self._weights = item_weights(config, self.split)
         self._source_id, self._line = self.split.column("source_id"), self.split.column("line")
-        self._row_starts = np.cumsum([0] + [len(row) for row in self.plan.rows])
-        self._place = np.empty(len(self.split), np.int64)
-        self._place[np.concatenate(self.plan.rows)] = np.arange(len(self.split))
+        # Where the first epoch trains an item first; -1: its source's repeat leaves it to a later one.
+        self._place = np.full(len(self.split), -1)
+        in_order = self._epoch_items[self.plan.rows.items]
+        self._place[in_order[::-1]] = np.arange(len(in_order))[::-1]
 
     def conversation(self, item: int) -> InspectedConversation:
-        """The item as found in the batch that trains it."""
-        row = int(np.searchsorted(self._row_starts, self._place[item], side="right")) - 1
-        step, position = divmod(row, self.plan.rows_per_step)
-        batch = next(self._loader.epoch(0, start=step)).batches[position]
-        ids, weights = _document(batch, int(self._place[item] - self._row_starts[row]))
+        """The item as the loader makes it for a row."""
+        ids, weights = _document(self._loader.batch(np.array([item])), 0)
         turns = self._reader.read(ids, weights)
         cut, ending = self._ending(ids, self._config.data.sources[self._source_id[item]].name)
         return InspectedConversation(
@@ -218,15 +216,20 @@ class _Larder:
             weight_sum=float(weights.sum(dtype=np.float64)),
             cut=cut,
             ending=ending,
-            step=step,
-            row=position,
+            place=self._place_of(item),
         )
+
+    def _place_of(self, item: int) -> tuple[int, int] | None:
+        if self._place[item] < 0:
+            return None
+        row = int(np.searchsorted(self.plan.rows.ends, self._place[item], side="right"))
+        return divmod(row, self.plan.rows_per_step)
 
     def first_rows(self) -> tuple[InspectedRow, ...]:
         """The rows of step 0, boundaries as in their batches."""
         rows = []
-        for position, batch in enumerate(next(self._loader.epoch(0)).batches):
-            items = self.plan.rows[position].tolist() if position < len(self.plan.rows) else []
+        for position, batch in enumerate(self._loader.step(0, 0).batches):
+            items = self._epoch_items[self.plan.rows[position]].tolist()
             bounds = batch.cu_seqlens.tolist()
             documents = tuple(
                 InspectedDocument(

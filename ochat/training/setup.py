@@ -21,27 +21,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """epoch_steps: steps of each epoch that is at least begun; total_steps: of the whole run."""
-
-    epoch_steps: tuple[int, ...]
-    total_steps: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """checkpoint: the one to continue, None at the beginning; state: where that stands.
-
-    supervised_tokens_per_step: the mean over the first epoch, all ranks.
-    """
+    """checkpoint: the one to continue, None at the beginning; state: where that stands."""
 
     tokenizer: PreTrainedTokenizerFast
     manifest: Manifest
     loader: Loader
-    schedule: Schedule
     checkpoint: Path | None
     state: TrainerState
-    supervised_tokens_per_step: float
 
 
 def set_up(config: Config, backend: Backend, prepare_command: str) -> Setup:
@@ -49,35 +36,20 @@ def set_up(config: Config, backend: Backend, prepare_command: str) -> Setup:
     template = get_template(config.model.template)
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template)
     manifest, split = open_prepared(config, template, tokenizer, prepare_command)
-    loader = Loader(config, split, rank=backend.rank, world_size=backend.world_size)
-    schedule = _schedule(config, loader)
+    pin_memory = backend.device.type == "cuda"
+    loader = Loader(config, split, rank=backend.rank, world_size=backend.world_size, pin_memory=pin_memory)
     recipe = training_recipe(
         config, dataset_fingerprint=manifest.fingerprint, world_size=backend.world_size, dtype=str(backend.dtype)
     )
-    fresh = TrainerState(
-        step=0, epoch=0, epoch_step=0, num_tokens=0, plan_digest=loader.plan(0).digest(), recipe=recipe
-    )
+    fresh = TrainerState(step=0, num_tokens=0, loader=loader.state_dict(), recipe=recipe)
     checkpoint = _newest_checkpoint(config)
     return Setup(
         tokenizer=tokenizer,
         manifest=manifest,
         loader=loader,
-        schedule=schedule,
         checkpoint=checkpoint,
-        state=_state_to_continue(checkpoint, fresh, schedule, loader) if checkpoint else fresh,
-        supervised_tokens_per_step=float(split.column("num_supervised").sum()) / schedule.epoch_steps[0],
+        state=_state_to_continue(checkpoint, fresh, loader) if checkpoint else fresh,
     )
-
-
-def _schedule(config: Config, loader: Loader) -> Schedule:
-    limit = config.training.max_steps
-    epoch_steps: list[int] = []
-    for epoch in range(config.training.num_epochs):
-        if limit is not None and sum(epoch_steps) >= limit:
-            break
-        epoch_steps.append(loader.plan(epoch).num_steps)
-    total = sum(epoch_steps) if limit is None else min(limit, sum(epoch_steps))
-    return Schedule(epoch_steps=tuple(epoch_steps), total_steps=total)
 
 
 def _newest_checkpoint(config: Config) -> Path | None:
@@ -90,16 +62,15 @@ def _newest_checkpoint(config: Config) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def _state_to_continue(checkpoint: Path, fresh: TrainerState, schedule: Schedule, loader: Loader) -> TrainerState:
+def _state_to_continue(checkpoint: Path, fresh: TrainerState, loader: Loader) -> TrainerState:
     state = read_state(checkpoint, fresh.recipe)
-    if state.step > schedule.total_steps:
+    if state.step > loader.total_steps:
         raise CheckpointError(
-            f"{checkpoint}: has done {state.step} steps, the configuration asks for {schedule.total_steps} in all. "
+            f"{checkpoint}: has done {state.step} steps, the configuration asks for {loader.total_steps} in all. "
             f"Raise training.num_epochs or training.max_steps, or start another run.name."
         )
-    if state.epoch_step and state.plan_digest != loader.plan(state.epoch).digest():
-        raise CheckpointError(
-            f"{checkpoint}: this ochat packs epoch {state.epoch} otherwise than the one that saved it. "
-            f"Continue with that version, or start another run.name."
-        )
+    try:
+        loader.load_state_dict(state.loader)
+    except CheckpointError as exc:
+        raise CheckpointError(f"{checkpoint}: {exc}") from exc
     return state

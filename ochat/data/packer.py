@@ -1,0 +1,338 @@
+"""From a stream of items to full rows: the inner loop of packing, compiled by numba.
+
+Items are taken oldest first, a group of whole steps at a time:
+
+    core   the oldest items, a little less than the group's rows can hold, longest first, each to the row that has
+           worked least so far (the last of them: to the emptiest row), so that the rows of a step cost alike
+    gaps   what is left of a row is closed exactly by one or two items from further down the stream
+    steps  the group's rows are dealt to its steps so that every step holds the same mix of sources
+
+Items that close gaps are early and, were nothing done, mostly short. So the room left for them is steered: the more
+short ones come early, the more room, and the longer the next ones. That keeps length and time uncorrelated.
+
+N items of the stream, M rows of a group, S sources. Nothing in here knows a rank; all randomness is `seed`'s.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+GROUP_ITEMS = 512  # fewer in a group, and few combinations close a gap or even out the steps
+BY_COST = 0.8  # of a core's tokens are placed by cost, the rest by room
+LOOK_AHEAD = (1, 4, 16)  # groups; the next only if nothing in the last one fits
+TRIES = 50  # items that are asked whether they leave a gap that another closes
+SLACK_PARTS = 2048  # a gap of 1/2048 of a row counts as closed
+SORT_BINS = 1024
+STEER = 1.2  # by which the room for gaps changes from group to group
+MEMORY = 0.8  # of the last group's bias in this one's
+
+
+class Stream(NamedTuple):
+    """Items in the order they are to be trained. `first` is by source and length, S x (longest + 1)."""
+
+    length: NDArray[np.int32]
+    extra_cost: NDArray[np.float32]  # what it costs beyond its tokens
+    source: NDArray[np.int32]
+    supervised: NDArray[np.float32]  # tokens
+    taken: NDArray[np.bool_]
+    later: NDArray[np.int32]  # the next item of the same source and length
+    first: NDArray[np.int32]  # the oldest item of a source and length that may still be there
+
+
+class Rows(NamedTuple):
+    """The rows of a group. Their items are a chain: the last of row r, the one before it, ..., -1."""
+
+    last: NDArray[np.int32]  # [M]
+    before: NDArray[np.int32]  # [N]
+    room: NDArray[np.int64]  # [M], tokens
+    extra_cost: NDArray[np.float64]  # [M]
+    mix: NDArray[np.float64]  # [M, S], supervised tokens
+    trained: NDArray[np.float64]  # [S], supervised tokens of all rows so far
+
+
+class Gaps(NamedTuple):
+    """core_end: where the look-ahead begins; slack: tokens that may stay free in a closed row."""
+
+    core_end: int
+    group_items: int
+    shortest: int
+    slack: int
+
+
+@njit(cache=True)
+def pack(
+    length: NDArray[np.int32],
+    extra_cost: NDArray[np.float32],
+    source: NDArray[np.int32],
+    supervised: NDArray[np.float32],
+    num_sources: int,
+    row_tokens: int,
+    rows_per_step: int,
+    seed: int,
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The positions [N] row by row, and where each row ends [number of rows].
+
+    length      of each item [N] of the stream, at most row_tokens
+    extra_cost  beyond its tokens, in tokens [N]
+    source      [N], below num_sources
+    supervised  tokens [N]
+    """
+    N = len(length)
+    mean, shortest, longest = length.sum() / N, length.min(), length.max()
+    stream = _shelve(length, extra_cost, source, supervised, num_sources, longest)
+    share = np.zeros(num_sources)
+    for i in range(N):
+        share[source[i]] += supervised[i]
+    share /= max(share.sum(), 1.0)
+    steps_per_group = max(1, int(np.ceil(GROUP_ITEMS * mean / (row_tokens * rows_per_step))))
+    M = steps_per_group * rows_per_step
+    rows = Rows(
+        np.empty(M, np.int32),
+        np.empty(N, np.int32),
+        np.empty(M, np.int64),
+        np.empty(M),
+        np.empty((M, num_sources)),
+        np.zeros(num_sources),
+    )
+    heap, key = np.empty(M, np.int64), np.empty(M)
+    state = np.array([seed], np.uint64)
+    packed, row_ends = np.empty(N, np.int32), np.empty(N, np.int64)
+    num_packed, num_rows = 0, 0
+    room_for_gaps, bias = 2.0 * mean, 0.0
+    oldest, left = 0, length.sum()
+    while left > 0:
+        while stream.taken[oldest]:
+            oldest += 1
+        # Towards the end half of what is left, so that there is something to close the gaps with.
+        m = min(M, max(1, left // (2 * row_tokens)))
+        _clear(rows, m, row_tokens)
+        budget = m * row_tokens if left < row_tokens else m * (row_tokens - int(room_for_gaps))
+        core, core_end = _oldest_items(stream, oldest, budget, m * row_tokens, longest)
+        _place_core(stream, rows, core, m, heap, key)
+        gaps = Gaps(core_end, max(core_end - oldest, 64), shortest, row_tokens // SLACK_PARTS)
+        _close_gaps(stream, rows, m, oldest, share, gaps)
+        order = np.arange(m)
+        _shuffle(order, state)
+        if num_sources > 1 and m > rows_per_step and num_rows % rows_per_step == 0:
+            order = _even_steps(rows, order, rows_per_step)
+            for start in range(0, m, rows_per_step):
+                _shuffle(order[start : start + rows_per_step], state)
+        group_start, early = num_packed, 0.0
+        for row in order:
+            item = rows.last[row]
+            if item < 0:
+                continue
+            while item >= 0:
+                early += (length[item] - mean) * (group_start - item)
+                packed[num_packed] = item
+                num_packed += 1
+                item = rows.before[item]
+            left -= row_tokens - rows.room[row]
+            row_ends[num_rows] = num_packed
+            num_rows += 1
+        bias = MEMORY * bias + early
+        room_for_gaps *= STEER if bias > 0 else 1 / STEER
+        room_for_gaps = min(max(room_for_gaps, mean / 2), 0.6 * row_tokens)
+    return packed, row_ends[:num_rows].copy()
+
+
+@njit(cache=True)
+def _shelve(length: Any, extra_cost: Any, source: Any, supervised: Any, num_sources: int, longest: int) -> Stream:
+    N, width = len(length), longest + 1
+    later, first = np.empty(N, np.int32), np.full(num_sources * width, -1, np.int32)
+    for i in range(N - 1, -1, -1):
+        shelf = source[i] * width + length[i]
+        later[i] = first[shelf]
+        first[shelf] = i
+    return Stream(length, extra_cost, source, supervised, np.zeros(N, np.bool_), later, first)
+
+
+@njit(cache=True)
+def _clear(rows: Rows, m: int, row_tokens: int) -> None:
+    rows.last[:m] = -1
+    rows.room[:m] = row_tokens
+    rows.extra_cost[:m] = 0
+    rows.mix[:m] = 0
+
+
+@njit(cache=True)
+def _place(stream: Stream, rows: Rows, row: int, item: int) -> None:
+    stream.taken[item] = True
+    rows.before[item] = rows.last[row]
+    rows.last[row] = item
+    rows.room[row] -= stream.length[item]
+    rows.extra_cost[row] += stream.extra_cost[item]
+    rows.mix[row, stream.source[item]] += stream.supervised[item]
+    rows.trained[stream.source[item]] += stream.supervised[item]
+
+
+@njit(cache=True)
+def _oldest_items(stream: Stream, oldest: int, budget: int, most: int, longest: int) -> tuple[NDArray[np.int32], int]:
+    """The oldest items up to `budget` tokens, longest first (to 1/1024 of the longest), and where they end."""
+    N, total, end, k = len(stream.length), 0, oldest, 0
+    bins = np.zeros(SORT_BINS + 1, np.int64)
+    while end < N and total < budget:
+        if not stream.taken[end] and total + stream.length[end] <= most:
+            total += stream.length[end]
+            bins[SORT_BINS - (stream.length[end] * (SORT_BINS - 1)) // longest] += 1
+            k += 1
+        end += 1
+    for b in range(SORT_BINS):
+        bins[b + 1] += bins[b]
+    ordered, total = np.empty(k, np.int32), 0
+    for i in range(oldest, end):
+        if not stream.taken[i] and total + stream.length[i] <= most:
+            total += stream.length[i]
+            b = SORT_BINS - 1 - (stream.length[i] * (SORT_BINS - 1)) // longest
+            ordered[bins[b]] = i
+            bins[b] += 1
+    return ordered, end
+
+
+@njit(cache=True)
+def _place_core(stream: Stream, rows: Rows, core: Any, m: int, heap: Any, key: Any) -> None:
+    """The long items, longest first, each to the row with the least extra cost; the short ones, shortest first, each
+    to the row with the most room: rows that hold a costly item get the cheapest. What fits nowhere stays for later.
+    """
+    total, placed, num_long = 0, 0, 0
+    for item in core:
+        total += stream.length[item]
+    for row in range(m):
+        heap[row], key[row] = row, 0.0
+    while num_long < len(core) and placed < BY_COST * total:
+        item = core[num_long]
+        size = stream.length[item]
+        while rows.room[heap[0]] < size and key[heap[0]] < np.inf:
+            key[heap[0]] = np.inf
+            _sink(heap, key, 0, m)
+        row = heap[0]
+        if rows.room[row] >= size:
+            _place(stream, rows, row, item)
+            key[row] = rows.extra_cost[row]
+            _sink(heap, key, 0, m)
+        placed += size
+        num_long += 1
+    for row in range(m):
+        key[row] = -rows.room[row]
+    for top in range(m // 2, -1, -1):
+        _sink(heap, key, top, m)
+    for k in range(len(core) - 1, num_long - 1, -1):
+        row = heap[0]
+        if rows.room[row] < stream.length[core[k]]:
+            break
+        _place(stream, rows, row, core[k])
+        key[row] = -rows.room[row]
+        _sink(heap, key, 0, m)
+
+
+@njit(cache=True)
+def _sink(heap: Any, key: Any, top: int, size: int) -> None:
+    """Restore a heap of rows, the lowest key first, below a row whose key has grown."""
+    row = heap[top]
+    while 2 * top + 1 < size:
+        child = 2 * top + 1
+        if child + 1 < size and key[heap[child + 1]] < key[heap[child]]:
+            child += 1
+        if key[heap[child]] >= key[row]:
+            break
+        heap[top] = heap[child]
+        top = child
+    heap[top] = row
+
+
+@njit(cache=True)
+def _close_gaps(stream: Stream, rows: Rows, m: int, oldest: int, share: Any, gaps: Gaps) -> None:
+    by_need = np.arange(len(share))
+    for row in range(m):
+        while rows.room[row] > gaps.slack and rows.room[row] >= gaps.shortest:
+            while oldest < len(stream.taken) and stream.taken[oldest]:
+                oldest += 1
+            if len(share) > 1:
+                by_need = np.argsort(rows.trained - share * rows.trained.sum())
+            if not _close_gap(stream, rows, row, oldest, by_need, gaps):
+                break
+
+
+@njit(cache=True)
+def _close_gap(stream: Stream, rows: Rows, row: int, oldest: int, by_need: Any, gaps: Gaps) -> bool:
+    """Place one or two items that fill the row, or the oldest that fits; False if none does."""
+    gap, fits = rows.room[row], -1
+    for groups in LOOK_AHEAD:
+        end = min(len(stream.taken), gaps.core_end + groups * gaps.group_items)
+        item = _match(stream, gap, end, -1, by_need, gaps)
+        if item >= 0:
+            _place(stream, rows, row, item)
+            return True
+        i, tries = oldest, 0
+        while i < end and tries < TRIES:
+            if not stream.taken[i] and stream.length[i] <= gap:
+                if fits < 0:
+                    fits = i
+                tries += 1
+                item = _match(stream, gap - stream.length[i], end, i, by_need, gaps)
+                if item >= 0:
+                    _place(stream, rows, row, i)
+                    _place(stream, rows, row, item)
+                    return True
+            i += 1
+    if fits >= 0:
+        _place(stream, rows, row, fits)
+    return fits >= 0
+
+
+@njit(cache=True)
+def _match(stream: Stream, gap: int, end: int, but: int, by_need: Any, gaps: Gaps) -> int:
+    """The oldest item that closes a gap, of the source that is needed most; -1 for none."""
+    width = len(stream.first) // len(by_need)
+    for source in by_need:
+        for length in range(min(gap, width - 1), max(gap - gaps.slack, gaps.shortest) - 1, -1):
+            shelf = source * width + length
+            item = stream.first[shelf]
+            while item >= 0 and stream.taken[item]:
+                item = stream.later[item]
+            stream.first[shelf] = item
+            while item >= 0 and (item == but or stream.taken[item]):
+                item = stream.later[item]
+            if 0 <= item < end:
+                return item
+    return -1
+
+
+@njit(cache=True)
+def _shuffle(values: Any, state: Any) -> None:
+    """Fisher-Yates, by a 64-bit linear congruential generator (Knuth's MMIX constants)."""
+    for i in range(len(values) - 1, 0, -1):
+        state[0] = state[0] * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+        j = np.int64((state[0] >> np.uint64(33)) % np.uint64(i + 1))
+        values[i], values[j] = values[j], values[i]
+
+
+@njit(cache=True)
+def _even_steps(rows: Rows, order: Any, rows_per_step: int) -> NDArray[np.int64]:
+    """Deal the rows to steps: the oddest mixes first, each to the step whose mix it mends most."""
+    m, S = len(order), rows.mix.shape[1]
+    mean = np.zeros(S)
+    for row in order:
+        mean += rows.mix[row] / m
+    odd, oddness = np.zeros((m, S)), np.zeros(m)
+    for k in range(m):
+        for s in range(S):
+            if mean[s] > 0:
+                odd[k, s] = rows.mix[order[k], s] / mean[s] - 1
+                oddness[k] += odd[k, s] ** 2
+    num_steps = -(-m // rows_per_step)
+    of_step, filled = np.zeros((num_steps, S)), np.zeros(num_steps, np.int64)
+    dealt = np.empty(m, np.int64)
+    for k in np.argsort(-oddness):
+        best, least = -1, np.inf
+        for step in range(num_steps):
+            if filled[step] < min(rows_per_step, m - step * rows_per_step):
+                worse = (of_step[step] * odd[k]).sum()
+                if worse < least:
+                    best, least = step, worse
+        dealt[best * rows_per_step + filled[best]] = order[k]
+        filled[best] += 1
+        of_step[best] += odd[k]
+    return dealt
