@@ -168,15 +168,18 @@ def prefix(template: Template, role: Role, condition: str) -> str:
     return template.prefixes[role].replace(CONDITION, f"{condition} " if condition else "")
 
 
+def opening(template: Template, role: Role, condition: str, *, first: bool) -> str:
+    """All markup before a message: its prefix, after the separator unless it is the first of its conversation."""
+    return ("" if first else template.separator) + prefix(template, role, condition)
+
+
 def render(template: Template, conversation: Conversation) -> Iterator[Segment]:
     """The whole conversation as training sees it; BOS is left to the tokenizer."""
-    separator = ""
-    for message in conversation.messages:
-        if text := separator + prefix(template, message.role, conversation.condition):
+    for n, message in enumerate(conversation.messages):
+        if text := opening(template, message.role, conversation.condition, first=n == 0):
             yield Segment(text=text, kind="markup", weight=0.0)
         yield Segment(text=message.content, kind="content", weight=message.weight)
         yield Segment(text=template.end_of_turn, kind="markup", weight=message.weight)
-        separator = template.separator
 
 
 def render_prompt(template: Template, conversation: Conversation) -> Iterator[Segment]:
