@@ -168,6 +168,11 @@ def prefix(template: Template, role: Role, condition: str) -> str:
     return template.prefixes[role].replace(CONDITION, f"{condition} " if condition else "")
 
 
+def writes_condition(template: Template) -> bool:
+    """Whether any prefix has a place for the condition; without one, classes differ by weight only."""
+    return any(CONDITION in text for text in template.prefixes.values())
+
+
 def opening(template: Template, role: Role, condition: str, *, first: bool) -> str:
     """All markup before a message: its prefix, after the separator unless it is the first of its conversation."""
     return ("" if first else template.separator) + prefix(template, role, condition)
@@ -204,7 +209,7 @@ def to_jinja(template: Template, *, dummy_prefix: bool) -> str:
                   are encoded one by one all get theirs; in one string, content after a prefix needs a literal space.
     """
     lines = [] if template.bos == "never" else ["{{ bos_token }}"]
-    if any(CONDITION in text for text in template.prefixes.values()):
+    if writes_condition(template):
         default = f"default({_quote(template.default_condition)}, true)"
         lines.append(f"{{% set condition = (condition | {default} | trim) %}}")
     lines.append("{% for message in messages %}")
