@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from ochat.config import SourceConfig
 from ochat.data.conversation import Conversation, Message
-from ochat.data.items import NO_REPLY
+from ochat.data.items import NO_REPLY, PROMPT_FILLS
 from ochat.data.store import TRAIN_SPLIT, PreparedSplit, check_replaceable
 from ochat.data.template import to_jinja
 from ochat.data.tokenize import ChatTokenizer, adds_dummy_prefix
@@ -227,9 +227,11 @@ def _check_source(facts: Facts, source: SourceConfig, sample: Sample | OchatErro
     counts = sample.counts
     share = counts.supervised_tokens / max(1, counts.tokens)
     about = "" if sample.exact else "about "
+    full = f"{counts.dropped[PROMPT_FILLS]:,} whose prompt fills max_length, " if PROMPT_FILLS in counts.dropped else ""
     found = (
         f"{about}{sample.num_conversations:,} conversations; of the first {counts.read:,}: {counts.kept:,} kept, "
-        f"{counts.dropped.get(NO_REPLY, 0):,} without a reply, {counts.truncated:,} cut, "
+        f"{counts.dropped.get(NO_REPLY, 0):,} without a reply, "
+        f"{full}{counts.truncated:,} cut, "
         f"{counts.tokens / max(1, counts.kept):,.0f} tokens each, {share:.1%} supervised"
     )
     if not counts.kept:

@@ -85,7 +85,7 @@ def test_train_in_one_process_uses_deepspeed_when_the_recipe_says_so(tmp_path: P
     assert (tmp_path / "runs/test/export/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "config"])
+@pytest.mark.parametrize("command", ["prepare", "inspect", "doctor", "train", "config"])
 def test_every_command_answers_a_mistake_in_one_paragraph(tmp_path: Path, command: str):
     path = write_experiment(tmp_path)
     done = run("ochat", command, path, "training.num_epoch=3")

@@ -356,6 +356,15 @@ def test_a_source_without_a_supervised_token_fails(tmp_path: Path):
     assert "no supervised token" in look(config, "data: crowd").found
 
 
+def test_prompts_that_leave_no_room_for_a_reply_are_counted_apart(tmp_path: Path):
+    config = make_experiment(tmp_path)
+    prompt, reply = {"role": "user", "content": "cat " * 200}, {"role": "assistant", "content": "sat"}
+    write_rows(tmp_path / "crowd.jsonl", [{"items": [prompt, reply]}, {"items": [prompt]}, {"items": [reply]}])
+
+    found = look(config, "data: crowd").found
+    assert "1 kept, 1 without a reply, 1 whose prompt fills max_length, 0 cut" in found
+
+
 def test_a_missing_file_fails_unless_the_dataset_is_prepared(tmp_path: Path):
     config = make_experiment(tmp_path)
     other = make_experiment(tmp_path, f"data.prepared_dir={tmp_path}/other")

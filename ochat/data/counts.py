@@ -16,7 +16,7 @@ class Counts:
     dropped            conversations left out, by reason
     noticed            conversations in which something was found, whether or not anything was done about it
     cut_tokens         tokens beyond model.max_length
-    trimmed_tokens     context after the last supervised token, which no gradient reaches
+    trimmed_tokens     context within model.max_length after the last supervised token: no gradient reaches it
     conditions         rows under each condition
     """
 

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from ochat.config import Config
 from ochat.data.batch import PackedBatch
 from ochat.data.inspect_tokens import Token, TokenReader, Turn, weight_level
+from ochat.data.items import OVERLONG
 from ochat.data.loader import Loader
 from ochat.data.packing import PackingPlan
 from ochat.data.prepare import open_prepared
 from ochat.data.store import Manifest, PreparedSplit
 from ochat.data.template import get_template
-from ochat.data.tokenize import load_tokenizer
+from ochat.data.tokenize import ChatTokenizer, load_tokenizer
 from ochat.data.weights import item_weights, weight_sums
 from ochat.errors import ConfigError, DataError
 
@@ -32,6 +33,7 @@ class InspectedConversation:
     """A conversation as it is trained.
 
     where       file:line it came from
+    condition   as the tokens have it; None: the template writes none
     weight      factor of its source or reward, that every token's weight includes
     weight_sum  sum of its tokens' weights as trained
     cut         whether it certainly lost tokens at model.max_length; `ending` says what is known
@@ -49,6 +51,10 @@ class InspectedConversation:
     cut: bool
     ending: str
     place: tuple[int, int] | None
+
+    @property
+    def condition_text(self) -> str:
+        return "not written by this template" if self.condition is None else self.condition or "none"
 
     @property
     def tokens(self) -> tuple[Token, ...]:
@@ -134,7 +140,8 @@ def inspect(
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template)
     manifest, split = open_prepared(config, template, tokenizer, prepare_command)
     conditions = {c for count in manifest.counts.values() for c in count["conditions"]}
-    larder = _Larder(config, manifest, split, TokenReader(tokenizer, template, conditions))
+    reader = TokenReader(tokenizer, ChatTokenizer(tokenizer, template), conditions)
+    larder = _Larder(config, manifest, split, reader)
     items = _select(config, larder.split, source=source, row=row, num=num or (NUM_CONVERSATIONS if row is None else 1))
     conversations = tuple(larder.conversation(item) for item in items)
     shown_weights = (token.weight for conversation in conversations for token in conversation.tokens)
@@ -204,7 +211,7 @@ class _Larder:
         """The item as the loader makes it for a row."""
         ids, weights = _document(self._loader.batch(np.array([item])), 0)
         turns = self._reader.read(ids, weights)
-        cut, ending = self._ending(ids, self._config.data.sources[self._source_id[item]].name)
+        cut, ending = self._ending(item, ids)
         return InspectedConversation(
             where=self._where(item),
             source=self._config.data.sources[self._source_id[item]].name,
@@ -252,25 +259,32 @@ class _Larder:
     def _where(self, item: int) -> str:
         return f"{self._config.data.sources[self._source_id[item]].path}:{self._line[item]}"
 
-    def _ending(self, ids: NDArray[np.int64], source: str) -> tuple[bool, str]:
+    def _ending(self, item: int, ids: NDArray[np.int64]) -> tuple[bool, str]:
         """Whether it was certainly cut, and what is known about its end.
 
         A reply's end-of-turn has the reply's weight and trailing context is dropped, so only a cut leaves it open.
         """
-        limit, truncated = self._config.model.max_length, self._manifest.counts[source]["truncated"]
+        limit, data = self._config.model.max_length, self._config.data
+        count = self._manifest.counts[data.sources[self._source_id[item]].name]
+        part = self._part(item)
         if not self._reader.ends_turn(ids):
-            return True, f"cut inside a reply, at model.max_length = {limit} tokens"
-        if len(ids) == limit:
-            return (
-                False,
-                f"ends with a whole reply at exactly model.max_length = {limit} tokens; more may have followed",
-            )
-        if truncated:
-            return (
-                False,
-                f"ends with a whole reply; turns may be missing after it ({truncated:,} of its source were cut)",
-            )
-        return False, "ends with a whole reply; no conversation of its source was cut"
+            return True, f"{part}cut inside a reply, at model.max_length = {limit} tokens"
+        if data.overlong == "drop":
+            number = count["dropped"].get(OVERLONG, 0)
+            known = f"over-long conversations are left out, never cut ({number:,} of its source)"
+        elif number := count["truncated"]:
+            known = f"turns may be missing after it ({number:,} of its source were cut at model.max_length = {limit})"
+        else:
+            known = "nothing of its source was cut off"
+        return False, f"{part}ends with a whole reply; {known}"
+
+    def _part(self, item: int) -> str:
+        """Which part it is, of a conversation that data.overlong=split made several of: those of one line."""
+        parts = np.flatnonzero((self._source_id == self._source_id[item]) & (self._line == self._line[item]))
+        if len(parts) == 1:
+            return ""
+        number = int(np.searchsorted(parts, item)) + 1
+        return f"part {number} of {len(parts)} of its conversation, cut between turns; "
 
 
 def _document(batch: PackedBatch, index: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -91,10 +91,9 @@ def _legend_key(entry: LegendEntry) -> str:
 
 
 def _conversation(inspection: Inspection, conversation: InspectedConversation) -> str:
-    condition = "not recognised" if conversation.condition is None else conversation.condition or "none"
     facts = (
         ("source", conversation.source),
-        ("condition", condition),
+        ("condition", conversation.condition_text),
         ("weight", f"{conversation.weight:.4g}"),
         ("tokens", f"{conversation.num_tokens:,}"),
         ("supervised", f"{conversation.num_supervised:,}"),

@@ -64,10 +64,10 @@ def _legend(inspection: Inspection, coloured: bool) -> Text:
 
 
 def _conversation(inspection: Inspection, conversation: InspectedConversation, coloured: bool) -> Text:
-    condition = "not recognised" if conversation.condition is None else conversation.condition or "none"
     text = Text.assemble(
         (conversation.where, "bold"),
-        f"  source {conversation.source}, condition {condition}, weight {weight_text(conversation.weight)}\n",
+        f"  source {conversation.source}, condition {conversation.condition_text}, "
+        f"weight {weight_text(conversation.weight)}\n",
         f"{conversation.num_tokens:,} tokens, {conversation.num_supervised:,} supervised, "
         f"weight sum {weight_text(conversation.weight_sum)}; step {conversation.step}, row {conversation.row}\n",
         (f"{'✂ ' if conversation.cut else ''}{conversation.ending}\n", "bold red" if conversation.cut else ""),

@@ -15,11 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from ochat.data.template import Template, prefix
+from ochat.data.conversation import Role
+from ochat.data.template import CONDITION
+from ochat.data.tokenize import ChatTokenizer
 
 NUM_LEVELS = 5
 
 Kind = Literal["control", "prefix", "content"]
+# Ids before a content -> whose it is, and under which condition. A system message without prefix has none: ().
+_Openings = dict[tuple[int, ...], tuple[Role, str | None]]
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Control and format characters could move a terminal's cursor or turn the reading direction; odd spaces hide.
@@ -33,7 +37,8 @@ class Token:
     raw     the bytes it stands for
     text    the characters that are complete with it; "" when it holds only a part of one
     weight  loss weight of predicting it as trained, the source's included; 0 = context
-    kind    control: one of the tokenizer's special tokens; prefix: a role's prefix with its condition
+    kind    control: one of the tokenizer's special tokens; prefix: what stands before a message's content, the
+            separator after the turn before it included
     """
 
     id: int
@@ -45,9 +50,14 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A message with its prefix and end-of-turn; condition is None when no known prefix begins it."""
+    """A message with what stands before it and its end-of-turn.
+
+    role       None when nothing that the template writes begins it
+    condition  None when the template writes none before this role
+    """
 
     tokens: tuple[Token, ...]
+    role: Role | None
     condition: str | None
 
 
@@ -61,36 +71,38 @@ class Glyphs:
 
 
 class TokenReader:
-    """A tokenizer's tables, turned around: ids to bytes, and ids to the prefixes that a template can have made.
+    """A tokenizer's tables, turned around: ids to bytes, and ids to the openings that ChatTokenizer writes.
 
     A message without prefix (a system message of openchat-3.5) whose content spells a prefix is read as one: the ids
     are the same.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: Template, conditions: Iterable[str]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, chat_tokenizer: ChatTokenizer, conditions: Iterable[str]
+    ) -> None:
         self._tokenizer = tokenizer
         self._added = {number: added.content for number, added in tokenizer.added_tokens_decoder.items()}
         self._control_ids = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self._alphabet = _byte_alphabet() if self._encode("\n")[-1:] == self._ids_of("\u010a") else None
-        self._end_of_turn = self._encode(template.end_of_turn)
-        self._prefixes = {
-            ids: condition
-            for condition in conditions
-            for role in template.prefixes
-            if (ids := self._encode(prefix(template, role, condition)))
-        }
-        self._prefix_lengths = sorted({len(ids) for ids in self._prefixes}, reverse=True)
+        newline = tokenizer.backend_tokenizer.encode("\n", add_special_tokens=False).ids
+        self._alphabet = _byte_alphabet() if newline[-1:] == self._ids_of("\u010a") else None
+        self._num_bos = len(chat_tokenizer.bos_ids)
+        self._end_of_turn = chat_tokenizer.end_of_turn_ids
+        self._first, self._later = (
+            _openings(chat_tokenizer, tuple(conditions), first=first) for first in (True, False)
+        )
 
     def read(self, input_ids: NDArray[np.integer], token_weights: NDArray[np.floating]) -> tuple[Turn, ...]:
         """The turns of a conversation; BOS is in the first. token_weights float [n] as trained."""
         ids, weights = input_ids.tolist(), token_weights.tolist()
         turns = []
         for start, end in self._turns(ids):
-            first = start + (start == 0)  # BOS
-            past_prefix = first + self._prefix_length(ids, first)
-            kinds: list[Kind] = ["prefix" if first <= at < past_prefix else "content" for at in range(start, end)]
+            openings, first = (self._later, start) if start else (self._first, self._num_bos)
+            found = next((known for known in openings if tuple(ids[first : first + len(known)]) == known), ())
+            role, condition = openings.get(found, (None, None))
+            past = first + len(found)
+            kinds: list[Kind] = ["prefix" if first <= at < past else "content" for at in range(start, end)]
             tokens = self._tokens(ids[start:end], weights[start:end], kinds)
-            turns.append(Turn(tokens=tokens, condition=self._prefixes.get(tuple(ids[first:past_prefix]))))
+            turns.append(Turn(tokens=tokens, role=role, condition=condition))
         return tuple(turns)
 
     def _tokens(self, ids: Sequence[int], weights: Sequence[float], kinds: Sequence[Kind]) -> tuple[Token, ...]:
@@ -116,16 +128,9 @@ class TokenReader:
         if start < len(ids):
             yield start, len(ids)
 
-    def _prefix_length(self, ids: Sequence[int], first: int) -> int:
-        fits = (n for n in self._prefix_lengths if tuple(ids[first : first + n]) in self._prefixes)
-        return next(fits, 0)
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def _ids_of(self, piece: str) -> tuple[int, ...]:
+    def _ids_of(self, piece: str) -> list[int]:
         number = self._tokenizer.backend_tokenizer.token_to_id(piece)
-        return () if number is None else (number,)
+        return [] if number is None else [number]
 
     def _raw(self, number: int) -> bytes:
         """The bytes of a token: of a byte-level alphabet, or of SentencePiece with its bytes as <0x0A>."""
@@ -137,6 +142,16 @@ class TokenReader:
         if byte := _BYTE_PIECE.fullmatch(piece):
             return bytes.fromhex(byte[1])
         return piece.replace("\u2581", " ").encode()
+
+
+def _openings(tokenizer: ChatTokenizer, conditions: Sequence[str], *, first: bool) -> _Openings:
+    """Longest first: of two that fit, the longer is meant."""
+    openings = {
+        tokenizer.opening_ids(role, condition, first=first): (role, condition if CONDITION in text else None)
+        for condition in conditions
+        for role, text in tokenizer.template.prefixes.items()
+    }
+    return dict(sorted(openings.items(), key=lambda entry: -len(entry[0])))
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -25,7 +25,8 @@ from ochat.data.tokenize import ChatTokenizer, TokenizedConversation
 from ochat.errors import TemplateError
 
 DUPLICATE, ACROSS = "duplicate", "duplicate of another source"
-NO_REPLY, OVERLONG = "no reply", "over-long"
+# A chat that trains nothing has no reply with a weight, or none that begins within model.max_length.
+NO_REPLY, PROMPT_FILLS, OVERLONG = "no reply", "prompt fills max_length", "over-long"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +48,20 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """A part of a split chat that makes no row, as nothing in it is trained; fields as in Row."""
+
+    chat: int
+    cut: int
+    trimmed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """What became of a run of records.
 
     batch      the rows; `chats`, `cut`, `trimmed` and `conditions` have an entry for each
+    lost       parts of kept conversations that are no rows
     digests    of every kept conversation's turns; two that are equal have the same text
     counts     read, dropped and noticed; `settle` adds the rest
     problems   rows that could not be read
@@ -62,6 +73,7 @@ class Chunk:
     cut: tuple[int, ...]
     trimmed: tuple[int, ...]
     conditions: tuple[str, ...]
+    lost: tuple[Lost, ...]
     digests: tuple[bytes, ...]
     counts: Counts
     problems: tuple[Problem, ...]
@@ -93,6 +105,7 @@ def build_items(
     if check_only:
         chats = []
     rows: list[Row] = []
+    lost: list[Lost] = []
     digests: list[bytes] = []
     whole = tokenizer.tokenize([conversation for _, conversation in chats])
     for (line, conversation), item in zip(chats, whole, strict=True):
@@ -100,17 +113,19 @@ def build_items(
         if reason:
             counts.drop(reason)
             continue
-        for piece, cut in pieces:
-            if cut is None:  # a part of a split chat in which nothing is trained
-                counts.trimmed_tokens += len(piece.input_ids)
+        for piece, kept in pieces:
+            within = min(len(piece.input_ids), max_length)
+            cut = len(piece.input_ids) - within
+            if kept is None:
+                lost.append(Lost(chat=len(digests), cut=cut, trimmed=within))
                 continue
             rows.append(
                 Row(
                     chat=len(digests),
                     line=line,
-                    item=cut,
-                    cut=max(0, len(piece.input_ids) - max_length),
-                    trimmed=min(len(piece.input_ids), max_length) - len(cut.input_ids),
+                    item=kept,
+                    cut=cut,
+                    trimmed=within - len(kept.input_ids),
                     condition=conversation.condition,
                     reward=conversation.reward,
                 )
@@ -123,6 +138,7 @@ def build_items(
         cut=tuple(row.cut for row in rows),
         trimmed=tuple(row.trimmed for row in rows),
         conditions=tuple(row.condition for row in rows),
+        lost=tuple(lost),
         digests=tuple(digests),
         counts=counts,
         problems=tuple(problems),
@@ -148,12 +164,13 @@ def settle(chunk: Chunk, seen: dict[bytes, int], *, drop_duplicates: bool) -> tu
         for _ in repeated:
             counts.drop(DUPLICATE)
     batch = chunk.batch if len(rows) == len(chunk.chats) else chunk.batch.take(pa.array(rows, pa.int64()))
+    lost = [part for part in chunk.lost if not (drop_duplicates and part.chat in repeated)]
     parts = Counter(chunk.chats[row] for row in rows)
     counts.kept, counts.rows = len(parts), len(rows)
     counts.split = sum(number > 1 for number in parts.values())
-    counts.truncated = len({chunk.chats[row] for row in rows if chunk.cut[row]})
-    counts.cut_tokens = sum(chunk.cut[row] for row in rows)
-    counts.trimmed_tokens += sum(chunk.trimmed[row] for row in rows)
+    counts.truncated = len({chunk.chats[row] for row in rows if chunk.cut[row]} | {p.chat for p in lost if p.cut})
+    counts.cut_tokens = sum(chunk.cut[row] for row in rows) + sum(part.cut for part in lost)
+    counts.trimmed_tokens = sum(chunk.trimmed[row] for row in rows) + sum(part.trimmed for part in lost)
     counts.conditions = dict(Counter(chunk.conditions[row] for row in rows))
     counts.tokens = int(batch.column("input_ids").value_lengths().sum().as_py() or 0)
     counts.supervised_tokens = sum(batch.column("num_supervised").to_pylist())
@@ -210,7 +227,9 @@ def fit(
         if data.overlong == "split":
             whole = tokenizer.tokenize(split_turns(conversation, tokenizer, max_length))
     pieces = [(part, truncate(part, max_length, tokenizer.end_of_turn_ids)) for part in whole]
-    return pieces, "" if any(cut is not None for _, cut in pieces) else NO_REPLY
+    if any(cut is not None for _, cut in pieces):
+        return pieces, ""
+    return pieces, PROMPT_FILLS if np.any(item.token_weights[1:]) else NO_REPLY
 
 
 def _digest(conversation: Conversation) -> bytes:

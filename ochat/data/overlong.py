@@ -4,7 +4,7 @@ n  tokens of a conversation
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,29 +53,47 @@ def split_turns(conversation: Conversation, tokenizer: ChatTokenizer, max_length
 
         system S, turns u1 a1 u2 a2 u3 a3  ->  S u1 a1 u2 a2 | S u3 a3
     """
-    # Pieces are tokenised one by one, so lengths of turns add up to the length of the whole (less one BOS each).
-    alone = [replace(conversation, messages=(message,)) for message in conversation.messages]
-    lengths = [len(item.input_ids) - 1 for item in tokenizer.tokenize(alone)]
-    turns = list(zip(conversation.messages, lengths, strict=True))
-    num_system = next((n for n, (m, _) in enumerate(turns) if m.role != "system"), len(turns))
-    system = [message for message, _ in turns[:num_system]]
-    budget = max_length - 1 - sum(length for _, length in turns[:num_system])
-    parts: list[list[Message]] = []
-    room = 0
+    turns = _turns(conversation, tokenizer)
+    num_system = next((n for n, turn in enumerate(turns) if turn.message.role != "system"), len(turns))
+    system = turns[:num_system]
+    parts: list[list[_Turn]] = []
+    length = 0
     for exchange in _exchanges(turns[num_system:]):
-        size = sum(length for _, length in exchange)
-        if not parts or size > room:
-            parts.append(list(system))
-            room = budget
-        parts[-1] += [message for message, _ in exchange]
-        room -= size
-    return [replace(conversation, messages=tuple(part)) for part in parts] or [conversation]
+        more = sum(turn.after for turn in exchange)
+        if parts and length + more <= max_length:
+            parts[-1] += exchange
+            length += more
+        else:
+            parts.append([*system, *exchange])
+            length = len(tokenizer.bos_ids) + parts[-1][0].first + sum(turn.after for turn in parts[-1][1:])
+    return [replace(conversation, messages=tuple(turn.message for turn in part)) for part in parts] or [conversation]
 
 
-def _exchanges(turns: Sequence[tuple[Message, int]]) -> Iterator[Sequence[tuple[Message, int]]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Turn:
+    """A message and its tokens: as the first of a conversation, and after another one, where a separator may stand."""
+
+    message: Message
+    first: int
+    after: int
+
+
+def _turns(conversation: Conversation, tokenizer: ChatTokenizer) -> list[_Turn]:
+    # Pieces are tokenised one by one, so lengths of turns add up to the length of the whole.
+    alone = [replace(conversation, messages=(message,)) for message in conversation.messages]
+    turns = []
+    for message, item in zip(conversation.messages, tokenizer.tokenize(alone), strict=True):
+        openings = (tokenizer.opening_ids(message.role, conversation.condition, first=at) for at in (True, False))
+        opening, after_another = map(len, openings)
+        first = len(item.input_ids) - len(tokenizer.bos_ids)
+        turns.append(_Turn(message=message, first=first, after=first - opening + after_another))
+    return turns
+
+
+def _exchanges(turns: Sequence[_Turn]) -> Iterator[Sequence[_Turn]]:
     """Runs of turns that end with an assistant's; the last may end otherwise."""
     begin = 0
-    for n, (message, _) in enumerate(turns, 1):
-        if message.role == "assistant" or n == len(turns):
+    for n, turn in enumerate(turns, 1):
+        if turn.message.role == "assistant" or n == len(turns):
             yield turns[begin:n]
             begin = n

@@ -38,7 +38,7 @@ from ochat.data.store import (
 )
 from ochat.data.template import Template, get_template
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer, tokenizer_hash
-from ochat.errors import DataError
+from ochat.errors import ConfigError, DataError, TemplateError
 from ochat.folders import locked, replace_folder
 from ochat.progress import progress_bar
 
@@ -62,7 +62,8 @@ class Task:
 def prepare(config: Config) -> Manifest:
     """Make the prepared dataset of a configuration, or find it up to date.
 
-    Raises DataError (with file and line) and TemplateError; on any error no dataset, old or new, is touched.
+    Raises DataError (with file and line), TemplateError, and ConfigError for a source's condition; on any error no
+    dataset, old or new, is touched.
     """
     template = get_template(config.model.template)
     prepared_dir = Path(config.data.prepared_dir)
@@ -91,9 +92,11 @@ def _check_chat_files(config: Config) -> None:
 
 
 def _prepare_into(folder: Path, config: Config, template: Template, tokenizer: PreTrainedTokenizerFast) -> Manifest:
+    chat_tokenizer = ChatTokenizer(tokenizer, template)
+    _check_conditions(config, chat_tokenizer)
     files = {source.name: _describe(source) for source in config.data.sources}
     counts = {source.name: Counts() for source in config.data.sources}
-    write_split(_tokenized_batches(config, ChatTokenizer(tokenizer, template), counts), folder / TRAIN_SPLIT)
+    write_split(_tokenized_batches(config, chat_tokenizer, counts), folder / TRAIN_SPLIT)
     _warn_of_losses(counts)
     if not any(count.kept for count in counts.values()) and config.data.on_error == "raise":
         num_read = sum(count.read for count in counts.values())
@@ -111,6 +114,15 @@ def _prepare_into(folder: Path, config: Config, template: Template, tokenizer: P
     )
     manifest.write(folder)
     return manifest
+
+
+def _check_conditions(config: Config, tokenizer: ChatTokenizer) -> None:
+    """Refuse a source's condition by its place in the YAML, before every row would be blamed for it."""
+    for position, source in enumerate(config.data.sources):
+        try:
+            tokenizer.check_condition(source.condition.strip())
+        except TemplateError as exc:
+            raise ConfigError(f"data.sources.{position}.condition: {exc}") from exc
 
 
 def open_prepared(

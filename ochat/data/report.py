@@ -5,7 +5,8 @@ The numbers are made once, as a tree; the table on the screen and PREPARED/repor
 
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from ochat.config import Config
 from ochat.data.store import REPORT_NAME, TRAIN_SPLIT, Manifest, PreparedSplit
+from ochat.data.template import TEMPLATES, get_template, writes_condition
 from ochat.data.weights import item_weights, weight_sums
 
 log = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ def make_report(config: Config, manifest: Manifest) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "prepared_dir": config.data.prepared_dir,
         "sources": sources,
-        "warnings": [*_empty_sources(sources), *_dominating(sources)],
+        "warnings": [*_empty_sources(sources), *_blurred_classes(config, sources), *_dominating(sources)],
     }
 
 
@@ -101,6 +103,49 @@ def _empty_sources(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, numbers in sources.items()
         if not numbers["kept"]
     ]
+
+
+def _blurred_classes(config: Config, sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence for each condition under which sources of different weights are trained, or one for the template.
+
+    Sources whose rows have rewards of their own are passed over: there, weights within a class are meant.
+    """
+    rated = {
+        position: sources[source.name]
+        for position, source in enumerate(config.data.sources)
+        if source.reward_field is None and sources[source.name]["source_weight"]
+    }
+    conditions = sorted({condition for numbers in sources.values() for condition in numbers["conditions"]})
+    template = get_template(config.model.template)
+    if not writes_condition(template):
+        if not any(conditions) and _weigh_alike(rated.values()):
+            return []
+        found = ", ".join(filter(None, conditions)) or "none"
+        fitting = ", ".join(name for name, other in TEMPLATES.items() if writes_condition(other))
+        return [
+            f"template {template.name} writes no condition into the prompt (the data's: {found}): all classes are "
+            f"trained as one, by weight only, and the model cannot be asked for the best. For C-RLFT choose a "
+            f"model.template that writes them: {fitting}."
+        ]
+    sharing = {c: {n: numbers for n, numbers in rated.items() if c in numbers["conditions"]} for c in conditions}
+    return [_shared(config, c, mine) for c, mine in sharing.items() if not _weigh_alike(mine.values())]
+
+
+def _weigh_alike(sources: Iterable[Mapping[str, Any]]) -> bool:
+    weights = [numbers["source_weight"] for numbers in sources]
+    return not weights or math.isclose(min(weights), max(weights), rel_tol=1e-9)  # they are means over rows
+
+
+def _shared(config: Config, condition: str, sources: Mapping[int, Mapping[str, Any]]) -> str:
+    names = " and ".join(config.data.sources[position].name for position in sources)
+    weights = " and ".join(f"{numbers['source_weight']:.3g}" for numbers in sources.values())
+    shared = f"share the condition {condition}" if condition else "have no condition"
+    asked = f", and asked for {condition} it answers like both" if condition else ""
+    fields = ", ".join(f"data.sources.{position}.condition" for position in sources)
+    return (
+        f"sources {names} (weights {weights}) {shared}: the model cannot tell one from the other{asked}. "
+        f"Give each its own: {fields}, or in the rows."
+    )
 
 
 def _dominating(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -168,15 +168,23 @@ def prefix(template: Template, role: Role, condition: str) -> str:
     return template.prefixes[role].replace(CONDITION, f"{condition} " if condition else "")
 
 
+def writes_condition(template: Template) -> bool:
+    """Whether any prefix has a place for the condition; without one, classes differ by weight only."""
+    return any(CONDITION in text for text in template.prefixes.values())
+
+
+def opening(template: Template, role: Role, condition: str, *, first: bool) -> str:
+    """All markup before a message: its prefix, after the separator unless it is the first of its conversation."""
+    return ("" if first else template.separator) + prefix(template, role, condition)
+
+
 def render(template: Template, conversation: Conversation) -> Iterator[Segment]:
     """The whole conversation as training sees it; BOS is left to the tokenizer."""
-    separator = ""
-    for message in conversation.messages:
-        if text := separator + prefix(template, message.role, conversation.condition):
+    for n, message in enumerate(conversation.messages):
+        if text := opening(template, message.role, conversation.condition, first=n == 0):
             yield Segment(text=text, kind="markup", weight=0.0)
         yield Segment(text=message.content, kind="content", weight=message.weight)
         yield Segment(text=template.end_of_turn, kind="markup", weight=message.weight)
-        separator = template.separator
 
 
 def render_prompt(template: Template, conversation: Conversation) -> Iterator[Segment]:
@@ -201,7 +209,7 @@ def to_jinja(template: Template, *, dummy_prefix: bool) -> str:
                   are encoded one by one all get theirs; in one string, content after a prefix needs a literal space.
     """
     lines = [] if template.bos == "never" else ["{{ bos_token }}"]
-    if any(CONDITION in text for text in template.prefixes.values()):
+    if writes_condition(template):
         default = f"default({_quote(template.default_condition)}, true)"
         lines.append(f"{{% set condition = (condition | {default} | trim) %}}")
     lines.append("{% for message in messages %}")

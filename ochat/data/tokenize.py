@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from ochat.data.conversation import Conversation
-from ochat.data.template import Segment, Template, prefix, render, render_prompt
+from ochat.data.conversation import Conversation, Role
+from ochat.data.template import Segment, Template, opening, prefix, render, render_prompt
 from ochat.errors import TemplateError, first_line
 
 
@@ -98,6 +98,11 @@ class ChatTokenizer:
         self.check_condition(conversation.condition)
         segments = tuple(render_prompt(self.template, conversation))
         return self._join([segments])[0].input_ids.tolist()
+
+    def opening_ids(self, role: Role, condition: str, *, first: bool) -> tuple[int, ...]:
+        """The ids before a message's content, as `tokenize` writes them; `first` of its conversation, after BOS."""
+        text = opening(self.template, role, condition, first=first)
+        return tuple(self._encode_markup(text)) if text else ()
 
     def _join(self, rendered: Sequence[Sequence[Segment]]) -> list[TokenizedConversation]:
         contents = [s.text for segments in rendered for s in segments if s.kind == "content"]

@@ -5,22 +5,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ochat.config import load_config
-from ochat.data.conversation import Conversation, Message
-from ochat.data.inspect import Inspection, inspect
-from ochat.data.inspect_tokens import Token, TokenReader, Turn, glyphs, weight_level
+from ochat.data.inspect import InspectedConversation, Inspection, inspect
+from ochat.data.inspect_tokens import Token
 from ochat.data.loader import Loader
 from ochat.data.prepare import prepare
 from ochat.data.store import TRAIN_SPLIT, PreparedSplit
-from ochat.data.template import get_template
-from ochat.data.tokenize import ChatTokenizer, load_tokenizer
 from ochat.errors import ConfigError, DataError
 from tests.experiment import TOKENIZERS, make_experiment, write_experiment
 
-FAMILIES = {"mini-mistral": "openchat-3.5", "mini-llama3": "openchat-3.6"}
+LLAMA = TOKENIZERS / "mini-llama3"
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +32,6 @@ def look(folder: Path, *overrides: str, **selection: object) -> Inspection:
 
 def text_of(tokens: tuple[Token, ...]) -> str:
     return "".join(token.text for token in tokens if token.kind == "content")
-
-
-def read_chat(family: str, *messages: Message, condition: str = "GPT4") -> tuple[Turn, ...]:
-    template = get_template(FAMILIES[family])
-    tokenizer = load_tokenizer(str(TOKENIZERS / family), template)
-    chat = Conversation(messages=messages, condition=condition, source="s")
-    item = ChatTokenizer(tokenizer, template).tokenize([chat])[0]
-    reader = TokenReader(tokenizer, template, ["", "GPT4", "GPT4 Correct"])
-    return reader.read(item.input_ids, item.token_weights)
 
 
 def test_every_source_shows_its_first_three_conversations_with_file_and_line(folder: Path):
@@ -173,96 +159,98 @@ def test_a_conversation_cut_inside_a_reply_is_known_and_a_whole_one_is_not_calle
     assert cut[0].ending == "cut inside a reply, at model.max_length = 30 tokens"
 
 
-def test_uncut_data_says_so(folder: Path):
-    assert {c.ending for c in look(folder).conversations} == {
-        "ends with a whole reply; no conversation of its source was cut"
+# --- where it ends, by policy
+
+
+def look_at(folder: Path, *overrides: str) -> list[InspectedConversation]:
+    config = load_config(folder / "experiment.yaml", overrides)
+    prepare(config)
+    return list(look(folder, *overrides, source="crowd", num=500).conversations)
+
+
+def crowd_of(folder: Path, *chats: tuple[int, ...]) -> None:
+    """An experiment whose crowd says numbers of words in turn: user, assistant, user, ..."""
+    write_experiment(folder)
+    with (folder / "crowd.jsonl").open("w") as file:
+        for chat in chats:
+            turns = [{"from": ("human", "gpt")[n % 2], "value": " ".join(["cat"] * m)} for n, m in enumerate(chat)]
+            file.write(json.dumps({"conversations": turns}) + "\n")
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "split"])
+def test_uncut_data_says_so(folder: Path, overlong: str):
+    endings = {c.ending for c in look_at(folder, f"data.overlong={overlong}", f"data.prepared_dir={folder}/{overlong}")}
+
+    assert endings == {"ends with a whole reply; nothing of its source was cut off"}
+
+
+def test_under_truncate_a_whole_reply_may_have_lost_what_followed_and_the_number_cut_is_said(tmp_path: Path):
+    crowd_of(tmp_path, (1, 1), (1, 1, 90, 1), (1, 90))
+    short, longer, cut = look_at(tmp_path, "model.max_length=40")
+
+    assert short.ending == longer.ending
+    assert short.ending == (
+        "ends with a whole reply; turns may be missing after it (2 of its source were cut at model.max_length = 40)"
+    )
+    assert (cut.ending, cut.cut) == ("cut inside a reply, at model.max_length = 40 tokens", True)
+
+
+def test_under_split_a_part_says_which_it_is_and_a_whole_conversation_does_not(tmp_path: Path):
+    crowd_of(tmp_path, (1, 1), (1, 20, 1, 20, 1, 20))
+    whole, *parts = look_at(tmp_path, "model.max_length=40", "data.overlong=split")
+
+    assert whole.ending == "ends with a whole reply; nothing of its source was cut off"
+    assert [part.ending for part in parts] == [
+        f"part {n} of 3 of its conversation, cut between turns; {whole.ending}" for n in (1, 2, 3)
+    ]
+    assert not any(part.cut for part in parts)
+
+
+def test_under_split_a_part_that_is_too_long_by_itself_is_cut_and_the_others_may_lack_one(tmp_path: Path):
+    crowd_of(tmp_path, (1, 20, 1, 90, 90, 1, 1, 20))
+    first, cut, last = look_at(tmp_path, "model.max_length=40", "data.overlong=split")
+
+    assert cut.ending == (
+        "part 2 of 3 of its conversation, cut between turns; cut inside a reply, at model.max_length = 40 tokens"
+    )
+    assert [part.cut for part in (first, cut, last)] == [False, True, False]
+    assert last.ending == (
+        "part 3 of 3 of its conversation, cut between turns; ends with a whole reply; "
+        "turns may be missing after it (1 of its source were cut at model.max_length = 40)"
+    )
+
+
+def test_under_drop_nothing_is_cut_and_the_number_left_out_is_said(tmp_path: Path):
+    crowd_of(tmp_path, (1, 1), (1, 90), (1, 90), (1, 2))
+    shown = look_at(tmp_path, "model.max_length=40", "data.overlong=drop")
+
+    assert len(shown) == 2
+    assert {c.ending for c in shown} == {
+        "ends with a whole reply; over-long conversations are left out, never cut (2 of its source)"
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@settings(deadline=None, max_examples=40)
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30))
-def test_the_text_shown_can_be_read_again(family: str, text: str):
-    turns = read_chat(family, Message(role="user", content=text), Message(role="assistant", content="ok"))
-    template = get_template(FAMILIES[family])
-    tokenizer = load_tokenizer(str(TOKENIZERS / family), template)
-    encoded = tokenizer.backend_tokenizer
-    encoded.encode_special_tokens = True
-    expected = encoded.decode(encoded.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
-    shown = text_of(turns[0].tokens)
-
-    assert shown.removeprefix(" " if family == "mini-mistral" else "") == expected
+# --- the condition
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_character_of_several_tokens_is_the_text_of_the_last_and_bytes_before(family: str):
-    turns = read_chat(family, Message(role="assistant", content="😀"))
-    tokens = [token for token in turns[0].tokens if token.kind == "content" and token.raw != b" "]
+@pytest.mark.parametrize(("template", "shown"), [("openchat-3.6", "GPT4"), ("chatml", None)])
+def test_the_condition_is_the_one_in_the_tokens_and_a_template_that_writes_none_shows_none(
+    tmp_path: Path, template: str, shown: str | None
+):
+    path = write_experiment(tmp_path, model={"template": template, "tokenizer_name_or_path": str(LLAMA)})
+    with (tmp_path / "expert.jsonl").open("w") as file:
+        turns = [{"from": role, "value": "cat"} for role in ("system", "human", "gpt")]
+        file.write(json.dumps({"conversations": turns}) + "\n")
+    prepare(load_config(path))
+    (conversation,) = look(tmp_path, source="expert").conversations
 
-    assert b"".join(token.raw for token in tokens) == "😀".encode()
-    assert [token.text for token in tokens] == ["", "", "", "😀"]
-    assert next(glyphs(tokens[0])).text == "‹F0›"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("condition", ["", "GPT4", "GPT4 Correct"])
-def test_prefix_tokens_are_the_ids_before_the_content(family: str, condition: str):
-    hello = (Message(role="user", content="sat"), Message(role="assistant", content="GPT4 User: sat"))
-    turns = read_chat(family, *hello, condition=condition)
-    spaced = f"{condition} " if condition else ""
-
-    assert [turn.condition for turn in turns] == [condition, condition]
-    for turn, role in zip(turns, ("User", "Assistant"), strict=True):
-        assert f"{spaced}{role}" in "".join(token.text for token in turn.tokens if token.kind == "prefix")
-    assert "User: sat" in text_of(turns[1].tokens)  # typed, so not a prefix
+    assert conversation.condition == shown
+    assert conversation.condition_text == (shown or "not written by this template")
+    assert [turn.role for turn in conversation.turns] == ["system", "user", "assistant"]
+    assert [turn.condition for turn in conversation.turns] == [None, shown, shown]
 
 
-def test_of_two_prefixes_that_fit_the_longer_is_taken():
-    template = get_template("openchat-3.5")
-    tokenizer = load_tokenizer(str(TOKENIZERS / "mini-mistral"), template)
-    chat = Conversation(
-        messages=(Message(role="assistant", content="sat"),), condition="sat Assistant: red", source="s"
-    )
-    item = ChatTokenizer(tokenizer, template).tokenize([chat])[0]
-    reader = TokenReader(tokenizer, template, ["sat", "sat Assistant: red"])
-
-    assert reader.read(item.input_ids, item.token_weights)[0].condition == "sat Assistant: red"
-
-
-def test_an_added_token_that_is_not_special_is_plain_pieces_when_typed():
-    template = get_template("openchat-3.5")
-    tokenizer = load_tokenizer(str(TOKENIZERS / "mini-mistral"), template)
-    tokenizer.add_tokens(["walls!"])
-    chat = Conversation(messages=(Message(role="assistant", content="walls!"),), condition="", source="s")
-    item = ChatTokenizer(tokenizer, template).tokenize([chat])[0]
-    (turn,) = TokenReader(tokenizer, template, [""]).read(item.input_ids, item.token_weights)
-
-    content = [token.text for token in turn.tokens if token.kind == "content"]
-    assert "".join(content).strip() == "walls!"
-    assert len(content) > 1
-    assert (turn.tokens[-1].text, turn.tokens[-1].kind) == ("<|end_of_turn|>", "control")
-
-
-def test_a_typed_control_string_is_content_and_the_real_one_is_control():
-    turns = read_chat("mini-mistral", Message(role="assistant", content="<|end_of_turn|>"))
-
-    assert len(turns) == 1
-    assert [token.text for token in turns[0].tokens if token.kind == "control"] == ["<s>", "<|end_of_turn|>"]
-    assert "<|end_of_turn|>" in text_of(turns[0].tokens)
-
-
-def test_what_cannot_be_seen_gets_a_mark():
-    token = Token(id=1, raw=b"", text="a \n\t\x1b\u202e\u00a0é", weight=0.0, kind="content")
-
-    assert [(g.text, g.mark, g.newline) for g in glyphs(token)] == [
-        ("a ", False, False), ("↵", True, True), ("⇥", True, False), ("‹U+001B›", True, False),
-        ("‹U+202E›", True, False), ("‹U+00A0›", True, False), ("é", False, False),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("weight", "level"), [(0, 0), (1.0, 5), (0.33, 4), (0.1, 3), (0.01, 1), (1e-9, 1), (2.0, 5)])
-def test_levels_are_half_decades_below_the_highest(weight: float, level: int):
-    assert weight_level(weight, 1.0) == level
+# --- colours and weights
 
 
 def test_one_colour_means_one_weight_whatever_is_selected(folder: Path):

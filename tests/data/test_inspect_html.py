@@ -70,7 +70,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Inspection:
     shown = inspect(config, "", num=9)
     # A tokenizer with large pieces: each injection is one token, so no span of ours divides it.
     tokens = tuple(Token(id=9, raw=text.encode(), text=text, weight=1.0, kind="content") for text in INJECTIONS)
-    whole = replace(shown.conversations[0], turns=(Turn(tokens=tokens, condition=None),))
+    whole = replace(shown.conversations[0], turns=(Turn(tokens=tokens, role=None, condition=None),))
     return replace(shown, run_name=f"</title>{INJECTIONS[0]}", conversations=(whole, *shown.conversations))
 
 

@@ -169,8 +169,25 @@ def test_every_token_is_kept_cut_or_trimmed(tokenizer: ChatTokenizer) -> None:
 def test_a_conversation_whose_replies_are_beyond_the_cut_is_dropped_not_truncated(tokenizer: ChatTokenizer) -> None:
     batch, counts = build([row(("user", "a b c d e f", 0), ("assistant", "g", 1))], tokenizer, max_length=5)
     assert batch.num_rows == 0
-    assert (counts.read, counts.kept, counts.dropped, counts.truncated) == (1, 0, {"no reply": 1}, 0)
+    assert (counts.read, counts.kept, counts.dropped, counts.truncated) == (1, 0, {"prompt fills max_length": 1}, 0)
     assert (counts.tokens, counts.cut_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "split"])
+def test_a_prompt_that_leaves_no_room_is_not_called_a_chat_without_a_reply(
+    tokenizer: ChatTokenizer, overlong: str
+) -> None:
+    prompt, reply = ("user", "a b c d", 0), ("assistant", "g", 1)
+    whole, _ = build([row(prompt, reply)], tokenizer)
+    room = len(whole.column("input_ids")[0]) - 2  # the reply is a letter and the end of turn
+
+    def dropped(*turns: tuple[str, str, float], max_length: int) -> dict[str, int]:
+        return build([row(*turns)], tokenizer, max_length=max_length, data={"overlong": overlong})[1].dropped
+
+    assert dropped(prompt, reply, max_length=room) == {"prompt fills max_length": 1}
+    assert dropped(prompt, reply, max_length=room + 1) == {}
+    assert dropped(prompt, ("assistant", "g", 0), max_length=room) == {"no reply": 1}
+    assert dropped(prompt, max_length=5) == {"no reply": 1}
 
 
 def test_conditions_of_kept_rows_are_counted(tokenizer: ChatTokenizer) -> None:

@@ -16,7 +16,7 @@ from ochat.data.report import print_report
 from ochat.data.store import MANIFEST_NAME, SCHEMA, Manifest, PreparedSplit
 from ochat.data.template import get_template
 from ochat.data.tokenize import load_tokenizer
-from ochat.errors import DataError, TemplateError
+from ochat.errors import ConfigError, DataError
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tokenizers" / "mini-mistral"
 USER_ONLY = {"messages": [{"role": "user", "content": "anyone?"}]}
@@ -351,7 +351,9 @@ def test_two_processes_that_prepare_at_once_make_one_whole_dataset(kitchen: Kitc
 
 
 def test_a_condition_that_spells_a_control_token_is_refused(done: Kitchen) -> None:
-    with pytest.raises((DataError, TemplateError), match=r"condition '<\|end_of_turn\|>' spells a control token"):
+    with pytest.raises(
+        ConfigError, match=r"^data\.sources\.0\.condition: condition '<\|end_of_turn\|>' spells a control token"
+    ):
         prepare(done.config("data.sources.0.condition=<|end_of_turn|>"))
 
 

@@ -15,7 +15,7 @@ from ochat.data.report import print_report
 from ochat.data.store import TRAIN_SPLIT, Manifest, PreparedSplit
 from ochat.data.template import get_template
 from ochat.data.tokenize import load_tokenizer
-from ochat.errors import DataError
+from ochat.errors import ConfigError, DataError
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tokenizers" / "mini-mistral"
 NO_ROLE = {"messages": [{"role": "alien", "content": "Hi"}]}
@@ -118,6 +118,19 @@ def test_skip_with_nothing_kept_is_a_warning_and_training_on_it_an_error(
 
 def test_a_damaged_file_is_an_error_even_under_skip(tmp_path: Path) -> None:
     assert "UTF-16" in refused(config(tmp_path, "data.on_error=skip", chats="{}".encode("utf-16")))
+
+
+def test_a_control_token_as_a_sources_condition_is_found_before_any_row_is_read(tmp_path: Path) -> None:
+    chats = jsonl(NO_ROLE)  # would be the first problem, were it read
+    overrides = ("data.sources.1.condition=' <s>'", "data.on_error=skip")
+    with pytest.raises(ConfigError) as raised:
+        prepare(config(tmp_path, *overrides, one=chats, two=chats))
+    assert str(raised.value) == (
+        "data.sources.1.condition: condition '<s>' spells a control token of the tokenizer. "
+        "Name the class with plain words."
+    )
+    assert not (tmp_path / "prepared").exists()
+    assert prepare(config(tmp_path, "data.on_error=skip", one=chats, two=chats)).counts["two"]["read"] == 1
 
 
 # --- duplicates

@@ -38,7 +38,7 @@ def report(config: Config) -> dict:
 
 
 # Replies of "a": the letter and the end of turn, 2 supervised tokens each.
-EXPERT, CARELESS = {"weight": 1.0}, {"weight": 0.1}
+EXPERT, CARELESS = {"weight": 1.0, "condition": "GPT4"}, {"weight": 0.1, "condition": "GPT3"}
 
 
 def test_the_file_holds_the_numbers_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +81,80 @@ def test_message_weighting_counts_replies(tmp_path: Path) -> None:
     assert by_message["good"]["gradient_share"] == 0.5
 
 
+# --- classes that the model cannot tell apart
+
+
+LLAMA = FIXTURE.with_name("mini-llama3")
+SHARED = (
+    "sources good and bad (weights 1 and 0.1) share the condition GPT4: the model cannot tell one from the other, and "
+    "asked for GPT4 it answers like both. Give each its own: data.sources.0.condition, data.sources.1.condition, or in "
+    "the rows."
+)
+
+
+def class_warnings(tmp_path: Path, *overrides: str, **keys: dict[str, object]) -> list[str]:
+    """Of as many trained tokens of each, so that no source dominates."""
+    return report(settings(tmp_path, {name: [row("a")] for name in keys}, *overrides, **keys))["warnings"]
+
+
+def test_two_weights_under_one_condition_are_warned_of(tmp_path: Path) -> None:
+    expert, careless = {"weight": 1.0, "condition": "GPT4"}, {"weight": 0.1, "condition": "GPT4"}
+    assert class_warnings(tmp_path, good=expert, bad=careless) == [SHARED]
+    assert class_warnings(tmp_path, good=expert, bad={**careless, "condition": "GPT3"}) == []
+    assert class_warnings(tmp_path, good=expert, bad={**careless, "weight": 1.0}) == []
+    assert class_warnings(tmp_path, good=expert, bad={**careless, "weight": 0.0}) == []  # trains nothing
+
+
+def test_two_weights_without_any_condition_are_warned_of(tmp_path: Path) -> None:
+    (found,) = class_warnings(tmp_path, good={"weight": 1.0}, bad={"weight": 0.1})
+    assert found == SHARED.replace("share the condition GPT4", "have no condition").replace(
+        ", and asked for GPT4 it answers like both", ""
+    )
+
+
+def test_two_rewards_under_one_condition_are_warned_of_and_rewards_of_rows_are_not(tmp_path: Path) -> None:
+    beta = "loss.beta=1"
+    low, high = {"reward": 0.0, "condition": "A"}, {"reward": 1.0, "condition": "A"}
+    (found,) = class_warnings(tmp_path, beta, good=high, bad=low)
+    assert found.startswith("sources good and bad (weights 1 and 0.368) share the condition A")
+    rows = [row("a", score=score) for score in (1, 0)]
+    of_rows = settings(tmp_path, {"x": rows, "y": rows}, beta, x={"reward_field": "score"}, y={"reward": 1.0})
+    assert report(of_rows)["warnings"] == []
+
+
+def test_a_rows_own_condition_can_make_a_class_shared(tmp_path: Path) -> None:
+    sources = {"good": [row("a")], "bad": [row("a"), row("a", condition="GPT4")]}
+    keys = {"good": {"weight": 1.0, "condition": "GPT4"}, "bad": {"weight": 0.1, "condition": "GPT3"}}
+    assert report(settings(tmp_path, sources, **keys))["warnings"] == [SHARED]
+
+
+@pytest.mark.parametrize(
+    ("conditions", "weights", "found"),
+    [
+        (("GPT4", "GPT3"), (1.0, 0.1), ["GPT3, GPT4"]),
+        (("GPT4", "GPT4"), (1.0, 1.0), ["GPT4"]),
+        (("", ""), (1.0, 0.1), ["none"]),
+        (("", ""), (1.0, 1.0), []),
+    ],
+)
+def test_a_template_without_conditions_is_warned_of_where_classes_were_meant(
+    tmp_path: Path, conditions: tuple[str, str], weights: tuple[float, float], found: list[str]
+) -> None:
+    keys = {
+        name: {"condition": condition, "weight": weight}
+        for name, condition, weight in zip(("good", "bad"), conditions, weights, strict=True)
+    }
+    chatml = class_warnings(tmp_path, "model.template=chatml", f"model.name_or_path={LLAMA}", **keys)
+    assert chatml == [
+        f"template chatml writes no condition into the prompt (the data's: {names}): all classes are trained as one, "
+        "by weight only, and the model cannot be asked for the best. For C-RLFT choose a model.template that writes "
+        "them: openchat-3.6, openchat-3.5, openchat-3.2."
+        for names in found
+    ]
+    conditioned = class_warnings(tmp_path, "model.template=openchat-3.6", f"model.name_or_path={LLAMA}", **keys)
+    assert not any("writes no condition" in warning for warning in conditioned)
+
+
 # --- the low class
 
 
@@ -114,7 +188,7 @@ def test_a_low_source_that_dominates_is_warned_of_with_the_weight_that_balances(
 )
 def test_otherwise_there_is_no_warning(tmp_path: Path, weights: tuple[float, float], rows: tuple[int, int]) -> None:
     sources = {name: [row("a")] * n for name, n in zip(("x", "y"), rows, strict=True)}
-    keys = {name: {"weight": w} for name, w in zip(("x", "y"), weights, strict=True)}
+    keys = {name: {"weight": w, "condition": name} for name, w in zip(("x", "y"), weights, strict=True)}
     assert report(settings(tmp_path, sources, **keys))["warnings"] == []
 
 

@@ -5,6 +5,7 @@ before it: `in_jinja_class` says where, docs/templates.md has the table.
 """
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -232,6 +233,24 @@ def test_without_the_literal_space_a_sentencepiece_prefix_runs_into_its_content(
     bare = to_jinja(ours.template, dummy_prefix=False)
     assert of_jinja(tokenizer, chat, condition="GPT4") == of_training(ours, chat, "GPT4")
     assert of_jinja(tokenizer, chat, condition="GPT4", chat_template=bare) != of_training(ours, chat, "GPT4")
+
+
+@pytest.mark.parametrize("folder", ["mini-mistral", "mini-llama3"])
+@settings(max_examples=25, deadline=None)
+@given(chat=chats)
+def test_after_a_control_token_all_text_is_in_the_class_without_a_literal_space(
+    folder: str, chat: list[tuple[str, str]]
+) -> None:
+    # None of the nine opens a content so; a template to come may.
+    bare = dict.fromkeys(get_template("chatml").prefixes, "<|im_start|>")
+    template = replace(get_template("chatml"), prefixes=bare)
+    tokenizer = load_tokenizer(str(FIXTURES / folder), template)
+    ours, dummy_prefix = ChatTokenizer(tokenizer, template), adds_dummy_prefix(tokenizer)
+    conversation = Conversation(messages=tuple(Message(role=role, content=content) for role, content in chat))
+    jinja = to_jinja(template, dummy_prefix=dummy_prefix)
+    assert in_jinja_class(template, conversation, dummy_prefix=dummy_prefix)
+    if not spells_a_token(tokenizer, chat):
+        assert of_jinja(tokenizer, chat, chat_template=jinja) == of_training(ours, chat, "")
 
 
 @pytest.mark.parametrize(("folder", "name"), CONDITIONED)
