@@ -17,7 +17,6 @@ from ochat.data.batch import PackedBatch
 from ochat.data.inspect_tokens import Token, TokenReader, Turn, weight_level
 from ochat.data.items import OVERLONG
 from ochat.data.loader import Loader
-from ochat.data.packing import PackingPlan
 from ochat.data.prepare import open_prepared
 from ochat.data.store import Manifest, PreparedSplit
 from ochat.data.template import get_template
@@ -55,6 +54,10 @@ class InspectedConversation:
     @property
     def condition_text(self) -> str:
         return "not written by this template" if self.condition is None else self.condition or "none"
+
+    @property
+    def place_text(self) -> str:
+        return "trained in a later epoch" if self.place is None else f"step {self.place[0]:,}, row {self.place[1]}"
 
     @property
     def tokens(self) -> tuple[Token, ...]:
