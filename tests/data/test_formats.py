@@ -117,6 +117,8 @@ def test_an_instruction_keeps_its_history() -> None:
 
 def test_a_pair_of_a_history_without_an_answer_is_refused() -> None:
     assert "pair 1: `bot` must be text" in refused({"history": [{"user": "Hi"}]}, "content is no text")
+    text = refused({"history": [["a", "b", "c"]]}, "malformed message")
+    assert "pair 1: needs `user` and `bot`, found list" in text
 
 
 def test_a_null_is_a_key_the_row_does_not_have() -> None:
@@ -137,6 +139,7 @@ def test_a_null_is_a_key_the_row_does_not_have() -> None:
         ("bard", "assistant"),
         ("model", "assistant"),
         ("System", "system"),
+        ("developer", "system"),
     ],
 )
 def test_roles_have_many_names_capitalised_or_not(name: str, role: str) -> None:
@@ -190,22 +193,6 @@ def test_the_weight_of_a_pair_is_its_answers_and_wins_over_the_rows() -> None:
     assert "pair 1: the key `wieght`" in refused({"history": [{"user": "a", "bot": "b", "wieght": 1}]}, "misspelt key")
 
 
-def test_a_user_may_be_trained_by_a_weight_of_its_own_and_a_system_message_never() -> None:
-    assert [m.weight for m in parse(messages({"weight": 0.5}, {})).messages] == [0.5, 1.0]
-    assert [m.weight for m in parse(messages({"role": "system", "weight": 0}, {})).messages] == [0.0, 1.0]
-    text = refused(messages({"role": "system", "weight": 0.5}, {}), "bad weight")
-    assert "message 1: a system message has weight 0.5; it is never trained" in text
-
-
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -0.1, "0.5", [1], {"a": 1}, True, 1e39, 10**400])
-def test_a_weight_that_is_no_finite_number_is_refused_with_its_place(weight: object) -> None:
-    text = refused({**ROWS["openai"], "weight": weight}, "bad weight")
-    assert text.startswith("chats.jsonl:7: `weight` is ")
-    text = refused(messages({}, {"weight": weight}), "bad weight")
-    assert text.startswith("chats.jsonl:7: message 2: `weight` is ")
-    assert len(text) < 200
-
-
 def test_a_null_weight_is_none_and_the_rows_counts() -> None:
     assert [m.weight for m in parse({**messages({}, {"weight": None}), "weight": 0.25}).messages] == [0.0, 0.25]
 
@@ -255,7 +242,8 @@ DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Hello"
             "preference pair",
             "is a preference pair",
         ),
-        ({"message_tree_id": "1", "prompt": {"text": "Hi", "replies": []}}, "message tree", "message tree (OASST)"),
+        ({"message_tree_id": "1", "text": "Hi"}, "message tree", "message tree (OASST)"),
+        ({"prompt": {"text": "Hi", "replies": []}}, "message tree", "message tree (OASST)"),
     ],
 )
 def test_what_needs_a_choice_is_refused_with_the_way_to_make_it(row: object, reason: str, said: str) -> None:
@@ -319,7 +307,8 @@ def test_a_misspelt_weight_of_a_message_is_named(key: str) -> None:
 PEOPLES_OWN = """
 source id model title idx lang language height conversation_id conversation_hash prompt prompt_id category dataset
 timestamp turn score message message_id item conversation system_prompt tags text topic metadata toxic state sentiment
-overall_sentiment conversation_metadata openai_moderation redacted chosen input name
+citation connection trial translation overall_sentiment conversation_metadata openai_moderation redacted chosen input
+name
 """
 
 
