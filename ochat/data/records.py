@@ -126,19 +126,27 @@ def parse_line(line: bytes, where: str, *, lenient: bool = False) -> Any:
     """
     try:
         # Not json.loads(line): it would take a line with NUL bytes for UTF-16.
-        text = line.decode("utf-8-sig", errors="replace" if lenient else "strict")
+        # Without its end, or a line that was cut off inside a string would have a control character there.
+        text = line.rstrip(b"\r\n").decode("utf-8-sig", errors="replace" if lenient else "strict")
         return json.loads(text, strict=not lenient)
     except json.JSONDecodeError as exc:
         # Only LF ends a line, so a file with CR alone is one line, with a second chat after the first.
         is_cr = exc.msg == "Extra data" and exc.doc[: exc.pos].endswith("\r")
         fix = "The lines end with CR: convert them with tr '\\r' '\\n'" if is_cr else "Fix or delete the line"
-        raise RowError(f"{where}: not valid JSON at column {exc.pos + 1}: {exc.msg}. {fix}.", "not JSON") from exc
+        raise RowError(f"{where}: not valid JSON at column {exc.pos + 1}: {_said(exc)}. {fix}.", "not JSON") from exc
     except UnicodeDecodeError as exc:
         raise RowError(
-            f"{where}: not valid UTF-8 at byte {exc.start}. Convert the file to UTF-8.", "not UTF-8"
+            f"{where}: not valid UTF-8 at byte {exc.start}. Convert the file to UTF-8, or set data.hygiene=clean to "
+            f"have such bytes replaced.",
+            "not UTF-8",
         ) from exc
     except (ValueError, RecursionError) as exc:  # a number of thousands of digits, thousands of brackets
         raise RowError(f"{where}: not readable as JSON ({exc}). Fix or delete the line.", "not JSON") from exc
+
+
+def _said(exc: json.JSONDecodeError) -> str:
+    """What is wrong; where is said already."""
+    return exc.msg.removesuffix(" at").removesuffix(" starting")
 
 
 def hash_file(path: Path) -> str:
@@ -173,7 +181,7 @@ def _parse_array(content: bytes, path: Path) -> Any:
     except json.JSONDecodeError as exc:
         fix = "One chat per line is .jsonl: rename it" if exc.msg == "Extra data" else "Fix it there"
         place = f"line {exc.lineno}, column {exc.colno}"
-        raise DataError(f"{path}: not valid JSON at {place}: {exc.msg}. {fix}.") from exc
+        raise DataError(f"{path}: not valid JSON at {place}: {_said(exc)}. {fix}.") from exc
     except UnicodeDecodeError as exc:
         raise DataError(f"{path}: not valid UTF-8 at byte {exc.start}. Convert the file to UTF-8.") from exc
     except (ValueError, RecursionError) as exc:

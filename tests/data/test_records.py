@@ -160,10 +160,16 @@ def test_a_line_that_cannot_be_decoded_names_its_place(line: bytes) -> None:
 def test_the_column_and_the_byte_of_the_mistake_are_named() -> None:
     with pytest.raises(DataError, match=r"^f:1: not valid JSON at column 7: .* Fix or delete the line\.$"):
         parse_line(b'{"a": }', "f:1")
-    with pytest.raises(DataError, match=r"^f:1: not valid JSON at column 3: "):
-        parse_line(b"[\n", "f:1")  # the line's end is a place in the line
-    with pytest.raises(DataError, match=r"^f:1: not valid UTF-8 at byte 1\. Convert the file to UTF-8\.$"):
+    with pytest.raises(DataError, match=r"^f:1: not valid JSON at column 2: "):
+        parse_line(b"[\n", "f:1")
+    with pytest.raises(
+        DataError, match=r"^f:1: not valid UTF-8 at byte 1\. Convert the file to UTF-8, or set data\.hygiene=clean"
+    ):
         parse_line(b'"\xff"', "f:1")
+    with pytest.raises(DataError, match=r"^f:1: not valid JSON at column 7: Unterminated string\. Fix or delete"):
+        parse_line(b'{"a": "cut o\r\n', "f:1")
+    with pytest.raises(DataError, match=r"^f:1: not valid JSON at column 9: Invalid control character\. Fix or delete"):
+        parse_line(b'{"a": "b\tc"}', "f:1")
 
 
 def test_a_file_is_known_by_its_bytes(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_away_from_a_terminal_no_line_is_broken(
 
 
 def test_lengths_are_those_of_rows(tmp_path: Path) -> None:
-    config = settings(tmp_path, {"good": [row("a")] * 98 + [row("a a a")] * 2}, good={})
+    config = settings(tmp_path, {"good": [row("a")] * 99 + [row("a a a")]}, good={})
     length = report(config)["sources"]["good"]["length"]
     assert length == {"p50": length["p50"], "p90": length["p50"], "p99": length["p50"] + 2, "max": length["p50"] + 2}
 
@@ -158,6 +158,7 @@ def test_a_low_source_that_dominates_is_warned_of_with_the_weight_that_balances(
     [
         ((1.0, 0.1), (1, 9)),  # 2 against 1.8
         ((1.0, 1.0), (1, 40)),  # neither is lower
+        ((1.0, 0.5), (1, 2)),  # even
         ((1.0, 0.0), (1, 40)),  # weighs nothing
         ((0.1, 1.0), (1, 40)),  # the higher one dominates
     ],
@@ -175,6 +176,24 @@ def test_with_rewards_the_warning_names_what_can_be_changed(tmp_path: Path) -> N
     (warning,) = report(config)["warnings"]
     assert "source bad has the lower mean weight (0.368) and still 93.6% of the gradient" in warning
     assert warning.endswith("They are even at a mean weight of 0.025: lower loss.beta or its rewards.")
+
+
+def test_sources_of_the_same_rewards_are_of_one_class_whatever_rounding_makes_of_their_means(tmp_path: Path) -> None:
+    def scored(times: int) -> list[object]:
+        return [row("a", score=0)] * 3 * times + [row("a", score=1)] * times
+
+    rows = {"few": scored(1), "many": scored(40)}  # here the second mean is lower in its last bit
+    field = {"reward_field": "score"}
+    made = report(settings(tmp_path, rows, "loss.beta=0.7", few=field, many=field))
+    assert made["sources"]["few"]["source_weight"] == pytest.approx(made["sources"]["many"]["source_weight"], rel=1e-12)
+    assert made["warnings"] == []
+
+
+def test_a_source_that_keeps_nothing_has_no_share_and_a_warning(tmp_path: Path) -> None:
+    made = report(settings(tmp_path, {"none": [{"messages": []}]}))
+    assert made["sources"]["none"]["gradient_share"] == 0.0
+    assert made["sources"]["none"]["source_weight"] is None
+    assert made["warnings"] == ["source none keeps nothing of 1 conversations read."]
 
 
 # --- rewards
