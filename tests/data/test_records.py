@@ -213,6 +213,13 @@ def test_rows_of_a_parquet_file_are_numbered_from_1(tmp_path: Path) -> None:
     assert "damaged or no Parquet file" in refused(path)
 
 
+def test_a_parquet_file_without_rows_is_read_to_its_end(tmp_path: Path) -> None:
+    path, heard = tmp_path / "chats.parquet", []
+    pq.write_table(pa.table({"instruction": pa.array([], pa.string())}), path)
+    assert list(read_records(path, heard.append)) == []
+    assert sum(heard) == path.stat().st_size
+
+
 def test_however_parquet_spells_texts_they_are_texts(tmp_path: Path) -> None:
     columns = {
         "instruction": pa.array(["a", "b"]).dictionary_encode(),
