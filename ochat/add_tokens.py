@@ -166,7 +166,8 @@ def _write_config(source: Path, new: Path, *, num_tokens: int) -> int:
     if (source / INDEX_NAME).is_file():
         index = _read_index(source)
         sizes = (_num_bytes(new / file) for file in set(index["weight_map"].values()))
-        index["metadata"] = index.get("metadata", {}) | {"total_size": sum(sizes)}
+        # Nothing of the old metadata: transformers writes the number of parameters there, which is another number here.
+        index["metadata"] = {"total_size": sum(sizes)}
         _write_json(new / INDEX_NAME, index)
     return num_old
 
