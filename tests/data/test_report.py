@@ -209,7 +209,9 @@ def test_the_weights_that_rewards_come_to_are_shown_and_clipping_shrinks_them(
     assert "scored: weights from rewards  min 3.72e-44" in capsys.readouterr().out
     before = Manifest.read(tmp_path / "prepared").fingerprint
     tame = settings(tmp_path, {"scored": rows}, "loss.beta=1", scored={**field, "reward_clip": [0.5, 1]})
-    weights = report(tame)["sources"]["scored"]["item_weights"]
+    scored = report(tame)["sources"]["scored"]
+    weights = scored["item_weights"]
     # 100 -> 1, 1 -> 1, 0 -> 0.5: weights 1, 1, exp(-0.5)
     assert (weights["min"], weights["p50"], weights["max"]) == pytest.approx((0.6065306597, 1.0, 1.0))
+    assert scored["source_weight"] == pytest.approx((0.6065306597 + 2) / 3)
     assert Manifest.read(tmp_path / "prepared").fingerprint == before  # a clip tokenises nothing again
