@@ -2,11 +2,11 @@
 
 hf:NAME       a dataset of the Hugging Face hub, or a local folder of one; hub.py
 .jsonl        a record is a line (bytes, not yet parsed), its number the 1-based line; blank lines are passed over
-.json         a record is an item of the array (already parsed), its number the 1-based item
+.json         a record is an item of the array (already parsed), its number the 1-based item; json_array.py
 .parquet      a record is a row (already parsed), its number the 1-based row
 .gz .zst      after .jsonl or .json: the same, decompressed on the way
 
-Only a .json file is in memory as a whole.
+No file is in memory as a whole.
 """
 
 import codecs
@@ -24,6 +24,7 @@ import zstandard
 
 from ochat.config import SourceConfig
 from ochat.data.hub import hub_rows, is_hub
+from ochat.data.json_array import JsonText
 from ochat.data.keys import LIST_KEYS
 from ochat.data.problems import RowError
 from ochat.errors import DataError
@@ -126,10 +127,16 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _array_items(stream: io.BufferedIOBase, path: Path) -> Iterator[Record]:
-    content = stream.read()
-    _check_encoding(content, path)
-    rows = parse_line(content, str(path))
+def _array_items(stream: Any, path: Path) -> Iterator[Record]:
+    buffered = io.BufferedReader(stream, 1 << 20)
+    _check_encoding(buffered.peek(), path)
+    text = JsonText(buffered, path)
+    if text.peek() == "[":
+        for number, row in enumerate(text.items(), 1):
+            yield Record(number=number, row=row)
+        return
+    rows = text.value()
+    text.end()
     if isinstance(rows, dict) and rows.keys() & set(LIST_KEYS):
         raise DataError(
             f"{path}: expected a JSON array of chats, found one chat. Put it into brackets: jq '[.]' {path.name} > "
@@ -140,10 +147,7 @@ def _array_items(stream: io.BufferedIOBase, path: Path) -> Iterator[Record]:
             f"{path}: expected a JSON array of chats, found one object with a list under `{wrapper}`. If that is the "
             f"list of chats, unwrap it: jq '.{wrapper}' {path.name} > chats.json. One chat per line is .jsonl."
         )
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a JSON array of chats, found {type(rows).__name__}. One per line is .jsonl.")
-    for number, row in enumerate(rows, 1):
-        yield Record(number=number, row=row)
+    raise DataError(f"{path}: expected a JSON array of chats, found {type(rows).__name__}. One per line is .jsonl.")
 
 
 def _parquet_rows(path: Path, advance: Advance) -> Iterator[Record]:
