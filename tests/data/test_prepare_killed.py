@@ -18,19 +18,15 @@ ROW = {"messages": [{"role": "user", "content": "Hi " * 50}, {"role": "assistant
 LONGER = ("model.max_length=512", "batch.micro_batch_tokens=512")
 
 
-def start(path: Path, unfinished: Path) -> subprocess.Popen[bytes]:
-    """`ochat prepare` with two workers, in the middle of its work."""
+def start(path: Path) -> subprocess.Popen[bytes]:
+    """`ochat prepare`, and its two workers at work."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [BIN / "ochat", "prepare", path, "data.num_proc=2"], env=environment, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    assert soon(lambda: bool(size_of(unfinished)) or process.poll() is not None)
+    assert soon(lambda: len(session_of(process.pid)) == 3)
     return process
-
-
-def size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*"))
 
 
 def soon(claim: Callable[[], bool], seconds: float = 60) -> bool:
@@ -61,7 +57,7 @@ def test_killed_half_way_it_leaves_the_old_dataset_and_the_next_run_makes_the_ne
     with (tmp_path / "crowd.jsonl").open("a") as file:
         file.writelines(json.dumps(ROW) + "\n" for _ in range(10_000))
 
-    process = start(path, tmp_path / ".prepared.new")
+    process = start(path)
     os.killpg(process.pid, signal.SIGKILL)
 
     assert process.wait() == -signal.SIGKILL
@@ -80,11 +76,12 @@ def test_killed_alone_it_takes_its_workers_and_its_lock_with_it(tmp_path: Path):
     with (tmp_path / "crowd.jsonl").open("a") as file:
         file.writelines(json.dumps(ROW) + "\n" for _ in range(10_000))
 
-    process = start(path, tmp_path / ".prepared.new")
+    process = start(path)
     workers = session_of(process.pid) - {process.pid}
     process.kill()
 
     assert process.wait() == -signal.SIGKILL
+    assert (tmp_path / ".prepared.new").exists()
     assert len(workers) == 2
     assert not (tmp_path / "prepared").exists()
     try:
