@@ -2,11 +2,11 @@
 
 hf:NAME       a dataset of the Hugging Face hub, or a local folder of one; hub.py
 .jsonl        a record is a line (bytes, not yet parsed), its number the 1-based line; blank lines are passed over
-.json         a record is an item of the array (already parsed), its number the 1-based item
+.json         a record is an item of the array (already parsed), its number the 1-based item; json_array.py
 .parquet      a record is a row (already parsed), its number the 1-based row
 .gz .zst      after .jsonl or .json: the same, decompressed on the way
 
-Only a .json file is in memory as a whole.
+No file is in memory as a whole.
 """
 
 import codecs
@@ -24,6 +24,7 @@ import zstandard
 
 from ochat.config import SourceConfig
 from ochat.data.hub import hub_rows, is_hub
+from ochat.data.json_array import JsonText, said
 from ochat.data.keys import LIST_KEYS
 from ochat.data.problems import RowError
 from ochat.errors import DataError, first_line
@@ -133,7 +134,7 @@ def parse_line(line: bytes, where: str, *, lenient: bool = False) -> Any:
         # Only LF ends a line, so a file with CR alone is one line, with a second chat after the first.
         is_cr = exc.msg == "Extra data" and exc.doc[: exc.pos].endswith("\r")
         fix = "The lines end with CR: convert them with tr '\\r' '\\n'" if is_cr else "Fix or delete the line"
-        raise RowError(f"{where}: not valid JSON at column {exc.pos + 1}: {_said(exc)}. {fix}.", "not JSON") from exc
+        raise RowError(f"{where}: not valid JSON at column {exc.pos + 1}: {said(exc)}. {fix}.", "not JSON") from exc
     except UnicodeDecodeError as exc:
         raise RowError(
             f"{where}: not valid UTF-8 at byte {exc.start}. Convert the file to UTF-8, or set data.hygiene=clean to "
@@ -144,21 +145,22 @@ def parse_line(line: bytes, where: str, *, lenient: bool = False) -> Any:
         raise RowError(f"{where}: not readable as JSON ({exc}). Fix or delete the line.", "not JSON") from exc
 
 
-def _said(exc: json.JSONDecodeError) -> str:
-    """What is wrong; where is said already."""
-    return exc.msg.removesuffix(" at").removesuffix(" starting")
-
-
 def hash_file(path: Path) -> str:
     """SHA-256 of the file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _array_items(stream: io.BufferedIOBase, path: Path) -> Iterator[Record]:
-    content = stream.read()
-    _check_encoding(content, path)
-    rows = _parse_array(content, path)
+def _array_items(stream: Any, path: Path) -> Iterator[Record]:
+    buffered = io.BufferedReader(stream, 1 << 20)
+    _check_encoding(buffered.peek(), path)
+    text = JsonText(buffered, path)
+    if text.peek() == "[":
+        for number, row in enumerate(text.items(), 1):
+            yield Record(number=number, row=row)
+        return
+    rows = text.value()
+    text.end()
     if isinstance(rows, dict) and rows.keys() & set(LIST_KEYS):
         raise DataError(
             f"{path}: expected a JSON array of chats, found one chat. Put it into brackets: jq '[.]' {path.name} > "
@@ -169,23 +171,7 @@ def _array_items(stream: io.BufferedIOBase, path: Path) -> Iterator[Record]:
             f"{path}: expected a JSON array of chats, found one object with a list under `{wrapper}`. If that is the "
             f"list of chats, unwrap it: jq '.{wrapper}' {path.name} > chats.json. One chat per line is .jsonl."
         )
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a JSON array of chats, found {type(rows).__name__}. One per line is .jsonl.")
-    for number, row in enumerate(rows, 1):
-        yield Record(number=number, row=row)
-
-
-def _parse_array(content: bytes, path: Path) -> Any:
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except json.JSONDecodeError as exc:
-        fix = "One chat per line is .jsonl: rename it" if exc.msg == "Extra data" else "Fix it there"
-        place = f"line {exc.lineno}, column {exc.colno}"
-        raise DataError(f"{path}: not valid JSON at {place}: {_said(exc)}. {fix}.") from exc
-    except UnicodeDecodeError as exc:
-        raise DataError(f"{path}: not valid UTF-8 at byte {exc.start}. Convert the file to UTF-8.") from exc
-    except (ValueError, RecursionError) as exc:
-        raise DataError(f"{path}: not readable as JSON ({exc}).") from exc
+    raise DataError(f"{path}: expected a JSON array of chats, found {type(rows).__name__}. One per line is .jsonl.")
 
 
 def _parquet_rows(path: Path, advance: Advance) -> Iterator[Record]:

@@ -60,8 +60,11 @@ def test_advance_hears_every_byte_of_the_file(tmp_path: Path, name: str) -> None
     assert sum(heard) == path.stat().st_size
 
 
-def test_a_file_of_lines_is_not_read_ahead_to_its_end(tmp_path: Path) -> None:
-    path = write(tmp_path, "chats.jsonl", JSONL * 200_000)
+@pytest.mark.parametrize(
+    ("name", "content"), [("chats.jsonl", JSONL * 200_000), ("chats.json", b"[" + b"1, " * 4_000_000 + b"1]")]
+)
+def test_a_file_is_not_read_ahead_to_its_end(tmp_path: Path, name: str, content: bytes) -> None:
+    path = write(tmp_path, name, content)
     heard: list[int] = []
     next(read_records(path, heard.append))
     assert 0 < sum(heard) < path.stat().st_size
@@ -87,7 +90,10 @@ def test_a_json_file_that_is_no_array_is_refused(tmp_path: Path, content: bytes,
 
 def test_a_broken_json_file_is_refused(tmp_path: Path) -> None:
     text = refused(write(tmp_path, "chats.json", b"[1,\n 2 3]"))
-    assert text.endswith("chats.json: not valid JSON at line 2, column 4: Expecting ',' delimiter. Fix it there.")
+    assert text.endswith(
+        "chats.json: item 1: not valid JSON at line 2, column 4: Expecting ',' delimiter. Fix it there."
+    )
+    assert "item 2: not valid JSON at line 1, column 5" in refused(write(tmp_path, "chats.json", b"[1, "))
     assert "not valid UTF-8 at byte 2" in refused(write(tmp_path, "chats.json", b'["\xff"]'))
     assert "not readable as JSON" in refused(write(tmp_path, "chats.json", b"[" * 100_000))
 
