@@ -91,7 +91,7 @@ def test_a_json_file_that_is_no_array_is_refused(tmp_path: Path, content: bytes,
 def test_a_broken_json_file_is_refused(tmp_path: Path) -> None:
     text = refused(write(tmp_path, "chats.json", b"[1,\n 2 3]"))
     assert text.endswith(
-        "chats.json: item 1: not valid JSON at line 2, column 4: Expecting ',' delimiter. Fix it there."
+        "chats.json: item 2: not valid JSON at line 2, column 4: Expecting ',' delimiter. Fix it there."
     )
     assert "item 2: not valid JSON at line 1, column 5" in refused(write(tmp_path, "chats.json", b"[1, "))
     assert "not valid UTF-8 at byte 2" in refused(write(tmp_path, "chats.json", b'["\xff"]'))
