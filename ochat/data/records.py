@@ -26,7 +26,7 @@ from ochat.config import SourceConfig
 from ochat.data.hub import hub_rows, is_hub
 from ochat.data.keys import LIST_KEYS
 from ochat.data.problems import RowError
-from ochat.errors import DataError
+from ochat.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 PARQUET_ROWS = 256
@@ -47,11 +47,19 @@ def check_chat_file(path: Path) -> None:
     """Raise DataError when `path` is missing or of no known kind."""
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file. Check the source's `path` (it is relative to where you are); "
-            f"a dataset of the hub is written hf:NAME."
+            f"{path}: no such file. {_whats_there(path)}Check the source's `path` (it is relative to where you are, "
+            f"{Path.cwd()}); a dataset of the hub is written hf:NAME."
         )
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: unknown kind of file. Known: {', '.join(SUFFIXES)}.")
+
+
+def _whats_there(path: Path) -> str:
+    """The first folder on the way that is missing, or the chat files beside; empty when neither says anything."""
+    if missing := [folder for folder in path.parents if not folder.is_dir()]:
+        return f"There is no folder {missing[-1]}. "
+    beside = sorted(file.name for file in path.parent.iterdir() if file.name.endswith(SUFFIXES))
+    return f"In {path.parent}/ there is: {', '.join(beside[:5])}. " if beside else ""
 
 
 def source_records(source: SourceConfig, advance: Advance = lambda num_bytes: None) -> Iterator[Record]:
@@ -90,6 +98,7 @@ def _lines(stream: Any, path: Path) -> Iterator[Record]:
     for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
         if number == 1:
             _check_encoding(line, path)
+            _check_no_array(line, path)
         if line.strip():
             yield Record(number=number, row=line)
 
@@ -97,6 +106,24 @@ def _lines(stream: Any, path: Path) -> Iterator[Record]:
 def _check_encoding(start: bytes, path: Path) -> None:
     if start.startswith(UTF16_MARKS):
         raise DataError(f"{path}: is UTF-16 text. Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8{path.suffix}")
+
+
+def _check_no_array(line: bytes, path: Path) -> None:
+    """Refuse a .jsonl file whose first line is, or begins, an array of chats. A line may be a list of messages."""
+    if not line.lstrip().startswith(b"["):
+        return
+    try:
+        first = next(iter(json.loads(line)), None)
+        is_array = isinstance(first, dict) and not first.keys() & {"role", "from"}
+    except (ValueError, RecursionError):  # an array over several lines is broken off between values, a bad line is not
+        start = b"".join(line.split())
+        is_array = start in (b"[", b"[{") or start.endswith(b"},")
+    if is_array:
+        name = path.name.replace(".jsonl", ".json")
+        raise DataError(
+            f"{path}: line 1 begins a JSON array, and .jsonl has one chat on each line. If the file is one array, "
+            f"rename it to {name}."
+        )
 
 
 def parse_line(line: bytes, where: str, *, lenient: bool = False) -> Any:
@@ -129,7 +156,15 @@ def hash_file(path: Path) -> str:
 def _array_items(stream: io.BufferedIOBase, path: Path) -> Iterator[Record]:
     content = stream.read()
     _check_encoding(content, path)
-    rows = parse_line(content, str(path))
+    try:
+        rows = parse_line(content, str(path))
+    except RowError as exc:
+        if isinstance(exc.__cause__, json.JSONDecodeError) and exc.__cause__.msg == "Extra data":
+            raise DataError(
+                f"{path}: something follows the first JSON value, and .json has one array of chats. If there is one "
+                f"chat on each line, rename it to {path.name.replace('.json', '.jsonl')}."
+            ) from exc
+        raise
     if isinstance(rows, dict) and rows.keys() & set(LIST_KEYS):
         raise DataError(
             f"{path}: expected a JSON array of chats, found one chat. Put it into brackets: jq '[.]' {path.name} > "
@@ -155,8 +190,14 @@ def _parquet_rows(path: Path, advance: Advance) -> Iterator[Record]:
     except (pa.ArrowInvalid, OSError) as exc:
         raise DataError(f"{path}: damaged or no Parquet file ({exc}). Fetch it again.") from exc
     size, num_rows, number = path.stat().st_size, file.metadata.num_rows, 0
-    for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-        rows = batch.to_pylist()
+    batches = file.iter_batches(batch_size=PARQUET_ROWS)
+    while True:
+        try:
+            rows = next(batches).to_pylist()
+        except StopIteration:
+            break
+        except (pa.ArrowException, OSError) as exc:
+            raise DataError(f"{path}: damaged after row {number:,} ({first_line(exc)}). Fetch it again.") from exc
         # Bytes of columns cannot be told by row; their share of the file can, and it ends at the file's size.
         advance(size * (number + len(rows)) // num_rows - size * number // num_rows)
         for row in rows:

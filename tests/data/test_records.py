@@ -15,6 +15,7 @@ from ochat.data.hub import hub_version
 from ochat.data.problems import RowError
 from ochat.data.records import Record, hash_file, parse_line, read_records, source_records
 from ochat.errors import DataError
+from tests.experiment import TOKENIZERS
 
 ROWS = [{"messages": n} for n in (1, 2, 3)]
 JSONL = b'{"messages": 1}\n\n  \t\n{"messages": 2}\r\n{"messages": 3}'
@@ -92,7 +93,7 @@ def test_a_broken_json_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["cut short", "no gzip at all", "wrong checksum", "wrong bits"])
 @pytest.mark.parametrize("name", ["chats.jsonl.gz", "chats.json.gz"])
 def test_a_damaged_gz_file_is_refused(tmp_path: Path, name: str, damage: str) -> None:
-    path = write(tmp_path, name, ARRAY)
+    path = write(tmp_path, name, ARRAY if ".json." in name else JSONL)
     assert list(read_records(path))
     whole = path.read_bytes()  # a header of 10 bytes, the compressed data, a checksum and a length of 4 bytes each
     damaged = {
@@ -167,6 +168,71 @@ def test_rows_of_a_parquet_file_are_numbered_from_1(tmp_path: Path) -> None:
     assert sum(heard) == path.stat().st_size
     path.write_bytes(path.read_bytes()[:-10])
     assert "damaged or no Parquet file" in refused(path)
+
+
+@pytest.mark.parametrize("content", [ARRAY, b"[\n" + ARRAY[1:], b"[{\n" + ARRAY[2:], ARRAY.replace(b"}, ", b"},\n")])
+def test_an_array_in_a_file_of_lines_is_told_its_right_name(tmp_path: Path, content: bytes) -> None:
+    assert "rename it to chats.json." in refused(write(tmp_path, "chats.jsonl", content))
+    assert "rename it to chats.json.gz." in refused(write(tmp_path, "chats.jsonl.gz", content))
+    assert decoded(list(read_records(write(tmp_path, "chats.json", content)))) == ROWS
+
+
+@pytest.mark.parametrize(
+    "line", [b'[{"role": "user", "content": "Hi"}]', b"[]", b"[1]", b'[{"role": "user", "cont', b"[" * 9999]
+)
+def test_a_line_that_is_a_list_of_messages_or_damaged_is_left_to_the_readers(tmp_path: Path, line: bytes) -> None:
+    assert [r.row for r in read_records(write(tmp_path, "chats.jsonl", line))] == [line]
+
+
+def test_lines_in_an_array_file_are_told_their_right_name(tmp_path: Path) -> None:
+    assert "rename it to chats.jsonl." in refused(write(tmp_path, "chats.json", JSONL))
+    assert "rename it to chats.jsonl.gz." in refused(write(tmp_path, "chats.json.gz", JSONL))
+    assert "not valid JSON at column" in refused(write(tmp_path, "chats.json", b'[{"messages": 1} {"messages": 2}]'))
+
+
+def test_a_missing_file_comes_with_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path, "chats.jsonl", JSONL)
+    write(tmp_path, "notes.txt", b"")
+    assert f"In {tmp_path}/ there is: chats.jsonl. " in refused(tmp_path / "chat.jsonl")
+    assert f"There is no folder {tmp_path}/a. " in refused(tmp_path / "a/b/chat.jsonl")
+    assert "there is" not in refused(TOKENIZERS / "chat.jsonl").lower()
+
+
+def test_a_parquet_file_damaged_in_the_middle_names_the_row_reached(tmp_path: Path) -> None:
+    path = tmp_path / "chats.parquet"
+    damage_second_row_group(path)
+    records = read_records(path)
+    assert next(records).number == 1
+    with pytest.raises(DataError, match=rf"^{path}: damaged after row \d+ \("):
+        list(records)
+
+
+def damage_second_row_group(path: Path) -> None:
+    """A file of two row groups of 300 rows, the second one's bytes made nonsense: the footer is whole."""
+    rows = [{"messages": f"{n} " * 20} for n in range(600)]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=300, use_dictionary=False)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset : column.data_page_offset + column.total_compressed_size] = (
+        b"\xff" * column.total_compressed_size
+    )
+    path.write_bytes(bytes(content))
+
+
+def test_a_hub_dataset_with_a_damaged_row_group_is_named(tmp_path: Path) -> None:
+    damage_second_row_group(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=rf"^hf:{tmp_path} train: cannot be read beyond row \d+ \("):
+        list(source_records(hub(tmp_path)))
+
+
+def test_a_hub_dataset_whose_second_file_is_damaged_names_source_and_row(tmp_path: Path) -> None:
+    (tmp_path / "train-00000.jsonl").write_bytes(b'{"messages": 1}\n{"messages": 2}\n')
+    (tmp_path / "train-00001.jsonl").write_bytes(b'{"messages": 3}\n')
+    assert len(list(source_records(hub(tmp_path)))) == 3
+
+    (tmp_path / "train-00001.jsonl").write_bytes(b'{"messages')
+    with pytest.raises(DataError, match=rf"^hf:{tmp_path} train: cannot be read beyond row 2 \("):
+        list(source_records(hub(tmp_path)))
 
 
 def hub(path: Path, **keys: str) -> SourceConfig:
