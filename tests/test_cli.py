@@ -152,7 +152,7 @@ def test_the_version_is_told(command: tuple[str, ...]):
 
 
 def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path):
-    path = write_experiment(tmp_path, training={"num_epochs": 100_000}, engine={"type": "torch"})
+    path = write_experiment(tmp_path, training={"num_epochs": 2_000}, engine={"type": "torch"})
     process = start("ochat", "train", path)
     assert process.stderr is not None
     while "saved" not in process.stderr.readline():

@@ -18,6 +18,7 @@ from ochat.data.tokenize import load_tokenizer
 from ochat.errors import ConfigError, DataError
 from ochat.hub_names import hub_problem, located
 from ochat.model import load_model
+from ochat.training.train import train_here
 from tests.experiment import TOKENIZERS, make_experiment, write_experiment
 from tests.launch import free_port, run
 
@@ -133,3 +134,10 @@ def test_every_command_says_so_in_one_paragraph_and_soon(tmp_path: Path, command
     assert done.returncode == (1 if command == "doctor" else 2)
     assert "Traceback" not in done.stderr
     assert command == "doctor" or done.stderr.count("\n") == 1
+
+
+def test_training_refuses_a_base_out_of_reach_before_it_prepares(tmp_path: Path, no_hub: Path) -> None:
+    config = make_experiment(tmp_path, "model.name_or_path=nobody/nothing")
+    with pytest.raises(ConfigError, match=r"^nobody/nothing: no such folder"):
+        train_here(config, "ochat prepare")
+    assert not (tmp_path / "prepared").exists()
