@@ -1,13 +1,15 @@
 """Everything a run needs before its first step, found or refused: data, steps, and where to begin."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from ochat.backend import Backend
-from ochat.config import Config
+from ochat.checkpoint import default_condition
+from ochat.config import Config, TrainingConfig
 from ochat.data.loader import Loader
 from ochat.data.prepare import open_prepared
 from ochat.data.store import Manifest
@@ -50,7 +52,7 @@ def set_up(config: Config, backend: Backend, prepare_command: str) -> Setup:
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template)
     manifest, split = open_prepared(config, template, tokenizer, prepare_command)
     loader = Loader(config, split, rank=backend.rank, world_size=backend.world_size)
-    schedule = _schedule(config, loader)
+    schedule = make_schedule(config.training, lambda epoch: loader.plan(epoch).num_steps)
     recipe = training_recipe(
         config, dataset_fingerprint=manifest.fingerprint, world_size=backend.world_size, dtype=str(backend.dtype)
     )
@@ -69,15 +71,35 @@ def set_up(config: Config, backend: Backend, prepare_command: str) -> Setup:
     )
 
 
-def _schedule(config: Config, loader: Loader) -> Schedule:
-    limit = config.training.max_steps
+def make_schedule(training: TrainingConfig, steps_of_epoch: Callable[[int], int]) -> Schedule:
+    """Epochs up to the limit of steps. steps_of_epoch: of an epoch as packed, or as estimated."""
+    limit = training.max_steps
     epoch_steps: list[int] = []
-    for epoch in range(config.training.num_epochs):
+    for epoch in range(training.num_epochs):
         if limit is not None and sum(epoch_steps) >= limit:
             break
-        epoch_steps.append(loader.plan(epoch).num_steps)
+        epoch_steps.append(steps_of_epoch(epoch))
     total = sum(epoch_steps) if limit is None else min(limit, sum(epoch_steps))
     return Schedule(epoch_steps=tuple(epoch_steps), total_steps=total)
+
+
+def how_to_go_on(training: TrainingConfig, schedule: Schedule) -> str:
+    """What to raise to have more steps than the schedule."""
+    if training.max_steps is not None and schedule.total_steps == training.max_steps:
+        return f"To go on, raise training.max_steps (now {training.max_steps})"
+    return f"To go on, raise training.num_epochs (now {training.num_epochs})"
+
+
+def absent_sources(config: Config, manifest: Manifest, best_source: int) -> dict[str, str]:
+    """Name of each source of which nothing is trained -> what follows from that, in a sentence."""
+    best, default = config.data.sources[best_source].name, default_condition(config, manifest, best_source)
+    return {
+        source.name: f"source {source.name}: nothing is kept of {manifest.counts[source.name]['read']:,} conversations "
+        f"read, so its class {source.condition!r} is not learned; by default the exported model will answer as "
+        f"{default!r}, the class of {best}."
+        for source in config.data.sources
+        if not manifest.counts[source.name]["kept"]
+    }
 
 
 def _newest_checkpoint(config: Config) -> Path | None:

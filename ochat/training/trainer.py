@@ -20,7 +20,7 @@ from ochat.training.loss import WeightedLoss
 from ochat.training.metrics import MetricsLog, StepContext, step_metrics
 from ochat.training.optim import auto_learning_rate, lr_at
 from ochat.training.ranks import all_or_none, barrier
-from ochat.training.setup import Schedule, Setup, set_up
+from ochat.training.setup import Schedule, Setup, absent_sources, how_to_go_on, set_up
 from ochat.training.state import CHECKPOINTS_NAME, TrainerState, save_checkpoint
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ def train(config: Config, *, prepare_command: str = "ochat prepare CONFIG") -> P
     log.info("backend: %s %s, %s (%s)", backend.device, backend.dtype_name, backend.attention, backend.reason)
     start_process(config, backend)
     setup = all_or_none(lambda: set_up(config, backend, prepare_command))
+    if backend.rank == 0:
+        _say_what_is_odd(config, setup)
     metrics_log = all_or_none(lambda: _open_run(config, setup.state) if backend.rank == 0 else None)
     model = all_or_none(lambda: load_model(config.model, setup.tokenizer, backend, seed=config.run.seed))
     peak_lr = all_or_none(lambda: _peak_lr(config, model, setup))
@@ -89,6 +91,16 @@ def _loop(
                 folder, keep_last = config.run_dir / CHECKPOINTS_NAME, config.checkpoint.keep_last
                 log.info("saved %s", save_checkpoint(folder, engine, state, rank=backend.rank, keep_last=keep_last))
     return state
+
+
+def _say_what_is_odd(config: Config, setup: Setup) -> None:
+    for sentence in absent_sources(config, setup.manifest, setup.loader.best_source()).values():
+        log.warning("%s", sentence)
+    if setup.state.step == setup.schedule.total_steps:
+        log.warning(
+            "%s is finished: all %d steps are done, only the export is written again. %s, or begin anew with another "
+            "run.name.", config.run_dir, setup.state.step, how_to_go_on(config.training, setup.schedule),
+        )  # fmt: skip
 
 
 def _open_run(config: Config, state: TrainerState) -> MetricsLog:
