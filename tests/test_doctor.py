@@ -556,14 +556,12 @@ def test_steps_are_the_plans_once_prepared_and_a_near_estimate_before(tmp_path: 
     estimate = look(config, "steps")
     prepare(config)
     setup = gather(config, num_gpus=None).setup
-    exact = look(config, "steps")
+    exact, schedule = look(config, "steps"), setup.loader.schedule
 
     assert "an estimate" in estimate.found
     assert "estimate" not in exact.found
-    assert exact.found.startswith(
-        f"{setup.loader.schedule.total_steps:,} steps ({setup.loader.schedule.epoch_steps[0]:,} an epoch"
-    )
-    assert int(estimate.found.split()[1]) == pytest.approx(setup.loader.schedule.total_steps, rel=0.25)
+    assert exact.found.startswith(f"{schedule.total_steps:,} steps ({schedule.epoch_steps[0]:,} an epoch")
+    assert int(estimate.found.split()[1]) == pytest.approx(schedule.total_steps, rel=0.25)
 
 
 def test_weights_that_are_all_zero_fail(tmp_path: Path):

@@ -36,7 +36,7 @@ class InspectedConversation:
     weight      factor of its source or reward, that every token's weight includes
     weight_sum  sum of its tokens' weights as trained
     cut         whether it certainly lost tokens at model.max_length; `ending` says what is known
-    place       step and row where the first epoch trains it; None: its source's repeat leaves it to a later one
+    place       step and row where the first epoch trains it; None: not at all, by `repeat` or `max_steps`
     """
 
     where: str
@@ -57,7 +57,9 @@ class InspectedConversation:
 
     @property
     def place_text(self) -> str:
-        return "trained in a later epoch" if self.place is None else f"step {self.place[0]:,}, row {self.place[1]}"
+        return (
+            "not trained in the first epoch" if self.place is None else f"step {self.place[0]:,}, row {self.place[1]}"
+        )
 
     @property
     def tokens(self) -> tuple[Token, ...]:
@@ -157,7 +159,7 @@ def inspect(
         sources=tuple(s.name for s in config.data.sources),
         conversations=conversations,
         rows=larder.first_rows(),
-        num_steps=larder.plan.num_steps,
+        num_steps=larder.num_steps,
         highest=max(chain([larder.highest_mean_weight()], shown_weights)),
     )
 
@@ -203,9 +205,10 @@ class _Larder:
         self._loader = Loader(config, self.split)
         made = self._loader.epoch_plan(0)
         self.plan, self._epoch_items = made.plan, made.items
+        self.num_steps = min(made.plan.num_steps, self._loader.schedule.total_steps)
         self._weights = item_weights(config, self.split)
         self._source_id, self._line = self.split.column("source_id"), self.split.column("line")
-        # Where the first epoch trains an item first; -1: its source's repeat leaves it to a later one.
+        # Where the first epoch trains an item first; -1: nowhere, by its source's repeat.
         self._place = np.full(len(self.split), -1)
         in_order = self._epoch_items[self.plan.rows.items]
         self._place[in_order[::-1]] = np.arange(len(in_order))[::-1]
@@ -230,10 +233,9 @@ class _Larder:
         )
 
     def _place_of(self, item: int) -> tuple[int, int] | None:
-        if self._place[item] < 0:
-            return None
         row = int(np.searchsorted(self.plan.rows.ends, self._place[item], side="right"))
-        return divmod(row, self.plan.rows_per_step)
+        step, row = divmod(row, self.plan.rows_per_step)
+        return None if self._place[item] < 0 or step >= self.num_steps else (step, row)
 
     def first_rows(self) -> tuple[InspectedRow, ...]:
         """The rows of step 0, boundaries as in their batches."""

@@ -231,7 +231,7 @@ def _place_core(stream: Stream, rows: Rows, core: Any, m: int, heap: Any) -> Non
     for item in core:
         total += stream.length[item]
     heap[:m] = np.arange(m)  # no cost yet
-    full = np.int64(1) << 40
+    full = 1 << 40
     while num_long < len(core) and seen < LONG_SHARE * total:
         item = core[num_long]
         size = stream.length[item]
@@ -240,7 +240,7 @@ def _place_core(stream: Stream, rows: Rows, core: Any, m: int, heap: Any) -> Non
         row = _row(heap[0])
         if rows.room[row] >= size:
             _place(stream, rows, row, item)
-            _replace(heap, m, rows.extra_cost[row], row)
+            _replace(heap, m, int(rows.extra_cost[row]), row)
         seen += size
         num_long += 1
     for row in range(m):
@@ -251,7 +251,7 @@ def _place_core(stream: Stream, rows: Rows, core: Any, m: int, heap: Any) -> Non
         if rows.room[row] < stream.length[core[k]]:
             break
         _place(stream, rows, row, core[k])
-        _replace(heap, m, full - rows.room[row], row)
+        _replace(heap, m, int(full - rows.room[row]), row)
 
 
 @njit(cache=True)

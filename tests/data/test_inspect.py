@@ -144,7 +144,15 @@ def test_a_repeated_source_is_shown_where_it_is_trained_first_and_a_rested_chat_
 
     assert all(shown.place is not None for shown in twice)
     assert [shown.place for shown in half].count(None) == len(half) // 2
-    assert next(s for s in half if s.place is None).place_text == "trained in a later epoch"
+    assert next(s for s in half if s.place is None).place_text == "not trained in the first epoch"
+
+
+def test_behind_max_steps_nothing_is_said_to_be_trained(folder: Path):
+    shown = look(folder, "training.max_steps=1", num=90)
+
+    assert shown.num_steps == 1
+    assert {c.place[0] for c in shown.conversations if c.place} == {0}
+    assert any(c.place is None for c in shown.conversations)
 
 
 def test_a_row_of_padding_has_no_documents(folder: Path):
