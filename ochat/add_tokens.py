@@ -26,6 +26,7 @@ from ochat.folders import replace_folder
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 NEEDED = ("*.json", "*.safetensors")
+RESAVE = "Save the base as safetensors: `AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(DIR)`."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +54,19 @@ def add_tokens(base: str, *, template: str, to: str | Path) -> AddedTokens:
         raise CheckpointError(f"{folder}: exists and is not empty. Give --to a new folder.")
     chosen = get_template(template)
     source = _base_folder(base)
-    shards = _shards(source)
+    matrices = _matrices(source)
+    shards = _shards(source, frozenset().union(*matrices))
     tokenizer = load_tokenizer(str(source), chosen)
     ChatTokenizer(tokenizer, chosen)  # refuses a control token that is not one token
     with replace_folder(folder) as new:
         studies: dict[str, RowStudy] = {}
         for file, names in shards.items():
             studies |= _write_shard(source / file, new / file, names, tokenizer, chosen)
+        if missing := [sorted(names)[0] for names in matrices if names.isdisjoint(studies)]:
+            raise CheckpointError(
+                f"{source}: {' and '.join(missing)} not found in its safetensors files, whose tensors have other names "
+                f"than its config.json stands for. {RESAVE}"
+            )
         num_old = _write_config(source, new, num_tokens=len(tokenizer))
         tokenizer.save_pretrained(new)
     ids = tokenizer.convert_tokens_to_ids(list(chosen.control_tokens))
@@ -80,25 +87,38 @@ def _base_folder(base: str) -> Path:
         raise CheckpointError(f"{base}: neither a folder nor a model on the hub ({first_line(exc)}).") from exc
 
 
-def _shards(source: Path) -> dict[str, set[str]]:
-    """File name -> the embedding matrices in it."""
+def _matrices(source: Path) -> list[frozenset[str]]:
+    """The names of each embedding matrix; one matrix with two names where input and output are tied."""
     try:
         hf_config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config)
     except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{source}: no model configuration: {first_line(exc)}") from exc
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
-    matrices = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings())}
-    names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in matrices}
+        raise CheckpointError(f"{source}: no configuration of a causal language model: {first_line(exc)}") from exc
+    ids = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings())}
+    named = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    return [frozenset(name for name, of in named if of == matrix) for matrix in ids]
+
+
+def _shards(source: Path, names: frozenset[str]) -> dict[str, set[str]]:
+    """File name -> the embedding matrices in it, of those with `names`."""
     if (source / INDEX_NAME).is_file():
-        weight_map = json.loads((source / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = _read_index(source)["weight_map"]
         return {f: {n for n in names if weight_map.get(n) == f} for f in sorted(set(weight_map.values()))}
     if (source / SINGLE_NAME).is_file():
-        return {SINGLE_NAME: names}
-    raise CheckpointError(
-        f"{source}: neither {SINGLE_NAME} nor {INDEX_NAME}. Save the base as safetensors: "
-        f"`AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(DIR)`."
-    )
+        return {SINGLE_NAME: set(names)}
+    raise CheckpointError(f"{source}: neither {SINGLE_NAME} nor {INDEX_NAME}. {RESAVE}")
+
+
+def _read_index(source: Path) -> dict[str, Any]:
+    path = source / INDEX_NAME
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise CheckpointError(f"{path}: not readable as JSON ({exc}). Download the base again.") from exc
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        raise CheckpointError(f"{path}: has no `weight_map`. Download the base again.")
+    return index
 
 
 def _write_shard(
@@ -120,6 +140,8 @@ def _write_shard(
         raise CheckpointError(f"{old}: not readable as safetensors ({exc}). Download the base again.") from exc
     for name in sorted(names & set(tensors)):  # tied embeddings are stored once
         weight = tensors[name]
+        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise CheckpointError(f"{old}: {name} is {weight.dtype}, a quantised base. Give one in 16 or 32 bits.")
         studies[name] = study_rows(weight, len(tokenizer), control_ids)
         tensors[name] = _resized(weight, len(tokenizer), studies[name])
     save_file(tensors, new, metadata=metadata)
@@ -142,9 +164,10 @@ def _write_config(source: Path, new: Path, *, num_tokens: int) -> int:
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", new / "generation_config.json")
     if (source / INDEX_NAME).is_file():
-        index = json.loads((source / INDEX_NAME).read_text(encoding="utf-8"))
+        index = _read_index(source)
         sizes = (_num_bytes(new / file) for file in set(index["weight_map"].values()))
-        index["metadata"] = index.get("metadata", {}) | {"total_size": sum(sizes)}
+        # Nothing of the old metadata: transformers writes the number of parameters there, which is another number here.
+        index["metadata"] = {"total_size": sum(sizes)}
         _write_json(new / INDEX_NAME, index)
     return num_old
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ochat.errors import CheckpointError
+
 log = logging.getLogger(__name__)
 
 # An untrained row is far below the median norm, or has at least two exact doubles. One double alone may be a copy of a
@@ -55,6 +57,11 @@ def study_rows(weight: Tensor, num_tokens: int, control_ids: Sequence[int]) -> R
     total = torch.zeros(weight.shape[1], dtype=torch.float32)
     for part, left_out in zip(rows.split(CHUNK_ROWS), untrained.split(CHUNK_ROWS), strict=True):
         total += part[~left_out].float().sum(dim=0)
+    if not total.isfinite().all():
+        raise CheckpointError(
+            "an embedding matrix of the base holds numbers that are not finite; no row could be begun as the mean. "
+            "Download the base again."
+        )
     repaired = tuple(i for i in sorted(control_ids) if i < len(rows) and untrained[i])
     num_trained = len(rows) - num_untrained
     return RowStudy(mean=total / num_trained, num_trained=num_trained, num_untrained=num_untrained, repaired=repaired)

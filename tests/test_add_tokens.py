@@ -1,11 +1,12 @@
 """`ochat add-tokens`: the folder it writes loads, agrees with its tokenizer, and is otherwise the base, bit by bit."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from ochat.add_tokens import INDEX_NAME, SINGLE_NAME, add_tokens
@@ -138,6 +139,14 @@ def test_the_command_says_what_it_did_and_what_to_run_next(tmp_path: Path) -> No
     assert f"next: ochat train CONFIG model.name_or_path={tmp_path / 'out'} model.template=openchat-3.6" in done.stdout
 
 
+def test_the_report_tells_new_rows_from_those_the_base_has(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama")
+    n = len(PreTrainedTokenizerFast.from_pretrained(str(base)))
+    lines = add_tokens(str(base), template="chatml", to=tmp_path / "out").report().splitlines()
+    assert lines[0].endswith(f": {n} -> {n + 2} tokens, as many as embedding rows")
+    assert lines[1:3] == [f"  <|im_start|> = {n} (new row)", f"  <|im_end|> = {n + 1} (new row)"]
+
+
 # --- refusals: each leaves nothing behind
 
 
@@ -192,6 +201,48 @@ def test_the_index_states_the_size_of_what_was_written(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out" / INDEX_NAME).read_text())
     old = json.loads((base / INDEX_NAME).read_text())
     sizes = [sum(t.nbytes for t in tensors(folder).values()) for folder in (base, tmp_path / "out")]
-    assert [tree["metadata"]["total_size"] for tree in (old, index)] == sizes
+    assert old["metadata"]["total_size"] == sizes[0]
+    assert index["metadata"] == {"total_size": sizes[1]}
     assert index["weight_map"] == old["weight_map"]
     assert sizes[0] < sizes[1]
+
+
+def rewrite(base: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(change(tensors(base)), base / SINGLE_NAME, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("lost", "name"), [("lm_head", "llama"), ("embed_tokens", "llama"), ("embed", "llama-tied")])
+def test_an_embedding_that_is_not_where_it_should_be_is_no_reason_to_write_half_a_model(
+    tmp_path: Path, lost: str, name: str
+) -> None:
+    # A folder saved from the bare MistralModel has `embed_tokens.weight`: its vocabulary would stay as it was.
+    base = write_base(tmp_path / "base", name)
+    rewrite(base, lambda old: {n.replace(lost, "other"): t for n, t in old.items()})
+    assert f"{lost}" in refusal(tmp_path, base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_eight_bits_or_with_numbers_that_are_not_finite_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama")
+    whole = tensors(base)
+    rewrite(base, lambda _: {n: t.to(torch.float8_e4m3fn) for n, t in whole.items()})
+    assert "is torch.float8_e4m3fn, a quantised base" in refusal(tmp_path, base)
+    rewrite(base, lambda _: {n: t.index_fill(0, torch.tensor([5]), torch.nan) for n, t in whole.items()})
+    assert "holds numbers that are not finite" in refusal(tmp_path, base)
+
+
+@pytest.mark.parametrize(("content", "said"), [("{", "not readable as JSON"), ("{}", "has no `weight_map`")])
+def test_a_damaged_index_is_named(tmp_path: Path, content: str, said: str) -> None:
+    base = write_base(tmp_path / "base", "llama", shard="20KB")
+    (base / INDEX_NAME).write_text(content)
+    text = refusal(tmp_path, base)
+    assert text.startswith(f"{base / INDEX_NAME}: ")
+    assert said in text
+
+
+def test_a_base_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama")
+    (base / "config.json").write_text('{"model_type": "t5"}')
+    text = refusal(tmp_path, base)
+    assert "no configuration of a causal language model: Unrecognized configuration class" in text
+    assert "\n" not in text

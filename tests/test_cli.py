@@ -29,10 +29,11 @@ def test_prepare_prints_a_row_per_source_and_the_next_command(launched):
     folder, prepared, _ = launched
 
     assert prepared.returncode == 0, prepared.stderr
-    expert, crowd = (line for line in prepared.stdout.splitlines() if line.startswith(("│ expert", "│ crowd")))
-    assert expert.split()[3:6:2] == ["30", "30"]
-    assert crowd.split()[3:6:2] == ["90", "90"]
-    shares = [float(line.rstrip("│ ").split()[-1].rstrip("%")) for line in (expert, crowd)]
+    rows = [line.split() for line in prepared.stdout.splitlines()]
+    expert, crowd = ([cells for cells in rows if cells[:1] == [name]] for name in ("expert", "crowd"))
+    assert expert[0][1:3] == ["30", "30"]
+    assert crowd[0][1:3] == ["90", "90"]
+    shares = [float(of_source[2][-1].rstrip("%")) for of_source in (expert, crowd)]
     assert sum(shares) == pytest.approx(100, abs=0.2)
     assert shares[0] > 60  # 30 chats at 1.0 against 90 at 0.1
     assert f"deepspeed --module ochat.training.train --config {folder / 'experiment.yaml'}" in prepared.stdout

@@ -12,7 +12,7 @@ from typing import Any
 
 from ochat.config import SourceConfig
 from ochat.data.formats import read_messages
-from ochat.data.messages import ROLE_NAMES, ROLES, Message, Role, number
+from ochat.data.messages import ROLE_NAMES, ROLES, Message, Role, number, own_weight
 from ochat.data.problems import RowError
 
 __all__ = ["ROLES", "ROLE_NAMES", "Conversation", "Message", "Role", "parse_conversation"]
@@ -40,9 +40,9 @@ def parse_conversation(
         row = {"messages": row}
     if not isinstance(row, dict):
         raise RowError(f"{where}: expected a JSON object, found {type(row).__name__}.", "no object")
-    weight = None if row.get("weight") is None else number(row["weight"], "weight", where, minimum=0.0)
-    messages = read_messages(row, source.format, where, weight)
-    if system := _system(row, where):
+    messages = read_messages(row, source.format, where, own_weight(row, where))
+    # Some data sets have the system text in both places.
+    if (system := _system(row, where)) and (messages[0].role, messages[0].content) != ("system", system):
         messages.insert(0, Message(role="system", content=system))
     condition = _text(row, "condition", where)
     condition = (source.condition if condition is None else condition).strip()

@@ -11,12 +11,15 @@ from functools import lru_cache
 from ochat.data.problems import RowError
 
 LIST_KEYS = ("conversations", "messages", "items")
-ROW_KEYS = (*LIST_KEYS, "condition", "system", "weight")
+INPUT_KEYS = ("input", "context")
 # `train` may be true or false; all are multiplied with the source's weight.
 WEIGHT_KEYS = ("weight", "loss_weight", "loss_scale", "train")
+ROW_KEYS = (*LIST_KEYS, *WEIGHT_KEYS, "condition", "system")
 MESSAGE_KEYS = WEIGHT_KEYS
 # Near one of ours, and common in public data sets: never a mistake.
-COMMON_KEYS = frozenset({"conversation", "conversation_id", "message", "message_id", "item", "item_id", "trait"})
+COMMON_KEYS = frozenset(
+    {"conversation", "conversation_id", "message", "message_id", "item", "item_id", "trait", "content", "contents"}
+)
 
 
 def check_spelling(keys: Iterable[object], ours: tuple[str, ...], where: str) -> None:

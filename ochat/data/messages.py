@@ -36,7 +36,8 @@ ROLE_NAMES: Mapping[str, Role] = {
     "developer": "system",
 }
 TOOL_ROLES = frozenset({"tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython"})
-TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
+TOOL_KEYS = ("tool_calls", "tool_call", "tool_call_id", "function_call", "function_calls", "tools", "functions")
+MAX_SHOWN = 60
 TOOL_HINT = "Tools are not supported: drop the row, or set data.on_error=skip to leave such rows out"
 
 
@@ -60,14 +61,14 @@ def read_message(
         found = type(item).__name__
         raise RowError(f"{where}: needs `{role_key}` and `{content_key}`, found {found}.", "malformed message")
     for key in TOOL_KEYS:
-        if item.get(key):
+        if is_given(item.get(key)):
             raise RowError(f"{where} has `{key}`. {TOOL_HINT}.", "tool call")
     if role_key not in item or content_key not in item:
         raise RowError(f"{where}: needs `{role_key}` and `{content_key}`, found {names(item)}.", "malformed message")
     role = _role(item[role_key], where)
     content = _content(item[content_key], content_key, where)
     check_spelling(item, MESSAGE_KEYS, where)
-    return message(role, content, _own_weight(item, where), where, default_weight)
+    return message(role, content, own_weight(item, where), where, default_weight)
 
 
 def message(
@@ -87,7 +88,7 @@ def message(
 def _role(name: object, where: str) -> Role:
     role = ROLE_NAMES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        known = f"{where} has role {name!r}. Known roles: {', '.join(ROLE_NAMES)}."
+        known = f"{where} has role {shown(name)}. Known roles: {', '.join(ROLE_NAMES)}."
         if isinstance(name, str) and name.lower() in TOOL_ROLES:
             raise RowError(f"{known} {TOOL_HINT}.", "tool call")
         raise RowError(f"{known} Rename it in the file, or drop the row.", "unknown role")
@@ -106,12 +107,18 @@ def _content(content: object, key: str, where: str) -> str:
         if kind != "text" or not isinstance(text, str):
             hint = TOOL_HINT if isinstance(kind, str) and "tool" in kind else "Only text can be trained: drop the row"
             reason = "tool call" if hint is TOOL_HINT else "part that is no text"
-            raise RowError(f"{where}: part {n} of `{key}` is of type {kind!r}, expected 'text'. {hint}.", reason)
+            raise RowError(f"{where}: part {n} of `{key}` is of type {shown(kind)}, expected 'text'. {hint}.", reason)
         texts.append(text)
     return "".join(texts)
 
 
-def _own_weight(item: Mapping[str, Any], where: str) -> float | None:
+def is_given(value: object) -> bool:
+    """Whether there are tools in it; some data sets write that there are none as text."""
+    return bool(value) and value not in ("[]", "{}", "null", "None")
+
+
+def own_weight(item: Mapping[str, Any], where: str) -> float | None:
+    """The weight that a message or row states under any of WEIGHT_KEYS; None when it states none."""
     given = {key: item[key] for key in WEIGHT_KEYS if item.get(key) is not None}
     if not given:
         return None
@@ -122,7 +129,7 @@ def _own_weight(item: Mapping[str, Any], where: str) -> float | None:
     if len(set(numbers.values())) > 1:
         found = " and ".join(f"`{key}` {value:g}" for key, value in numbers.items())
         raise RowError(f"{where} has {found}. They mean the same: keep one.", "bad weight")
-    return next(iter(numbers.values()), None)
+    return next(iter(numbers.values()))
 
 
 def number(value: object, key: str, where: str, minimum: float = -MAX_NUMBER) -> float:
@@ -130,11 +137,17 @@ def number(value: object, key: str, where: str, minimum: float = -MAX_NUMBER) ->
     if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value <= MAX_NUMBER:
         bound = f" of at least {minimum:g}" if minimum == 0 else ""
         raise RowError(
-            f"{where}: `{key}` is {repr(value)[:40]}, expected a finite number{bound} (in float32).", f"bad {key}"
+            f"{where}: `{key}` is {shown(value)}, expected a finite number{bound} (in float32).", f"bad {key}"
         )
     return float(value)
 
 
 def names(row: Mapping[str, Any]) -> str:
     """The keys of a row, the first few, as an error message shows them."""
-    return ", ".join(f"`{key}`" for key in list(row)[:8]) or "none"
+    return ", ".join(f"`{shown(str(key))[1:-1]}`" for key in list(row)[:8]) or "none"
+
+
+def shown(value: object) -> str:
+    """A value of a chat file as an error message shows it: on one line, escaped, and not at a length of megabytes."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 4]}...{text[-1]}"

@@ -8,12 +8,13 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -260,12 +261,26 @@ def _tasks(
         num_bytes = 0
         for record in source_records(source, advance):
             records.append(record)
-            num_bytes += len(record.row) if isinstance(record.row, bytes) else 0
+            num_bytes += _num_bytes(record.row)
             if len(records) == CHUNK_RECORDS or num_bytes >= CHUNK_BYTES:
                 yield Task(source_id=source_id, records=tuple(records), check_only=check_only())
                 records, num_bytes = [], 0
         if records:
             yield Task(source_id=source_id, records=tuple(records), check_only=check_only())
+
+
+def _num_bytes(row: Any) -> int:
+    """About how much a row weighs: the length of its texts."""
+    total, rest = 0, [row]  # no recursion: a row may be nested as deep as Python's own stack
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str | bytes):
+            total += len(value)
+        elif isinstance(value, dict):
+            rest += value.values()
+        elif isinstance(value, list):
+            rest += value
+    return total
 
 
 _worker: _Worker | None = None
@@ -276,6 +291,15 @@ def _start_worker(worker: _Worker) -> None:
     _worker = worker
     # One process per core already; the tokenizer's own threads would only fight over them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent closes no queue: its workers would wait for ever, and hold the lock on the folder with it."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(task: Task) -> Chunk:

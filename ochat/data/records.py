@@ -2,11 +2,11 @@
 
 hf:NAME       a dataset of the Hugging Face hub, or a local folder of one; hub.py
 .jsonl        a record is a line (bytes, not yet parsed), its number the 1-based line; blank lines are passed over
-.json         a record is an item of the array (already parsed), its number the 1-based item
+.json         a record is an item of the array (already parsed), its number the 1-based item; json_array.py
 .parquet      a record is a row (already parsed), its number the 1-based row
 .gz .zst      after .jsonl or .json: the same, decompressed on the way
 
-Only a .json file is in memory as a whole.
+No file is in memory as a whole.
 """
 
 import codecs
@@ -24,11 +24,13 @@ import zstandard
 
 from ochat.config import SourceConfig
 from ochat.data.hub import hub_rows, is_hub
+from ochat.data.json_array import JsonText, said
 from ochat.data.keys import LIST_KEYS
 from ochat.data.problems import RowError
-from ochat.errors import DataError
+from ochat.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+ARRAY_SUFFIXES = (".json", ".json.gz", ".json.zst")
 PARQUET_ROWS = 256
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -70,7 +72,7 @@ def read_records(path: Path, advance: Advance = lambda num_bytes: None) -> Itera
     with path.open("rb") as raw:
         stream = _decompressed(_Counted(raw, advance), path.suffix)
         try:
-            if ".json" in path.suffixes[-2:]:
+            if path.name.endswith(ARRAY_SUFFIXES):
                 yield from _array_items(stream, path)
             else:
                 yield from _lines(stream, path)
@@ -90,6 +92,8 @@ def _lines(stream: Any, path: Path) -> Iterator[Record]:
     for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
         if number == 1:
             _check_encoding(line, path)
+            line = line.removeprefix(codecs.BOM_UTF8)
+            _check_lines(line.strip(), path)
         if line.strip():
             yield Record(number=number, row=line)
 
@@ -99,6 +103,23 @@ def _check_encoding(start: bytes, path: Path) -> None:
         raise DataError(f"{path}: is UTF-16 text. Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8{path.suffix}")
 
 
+def _check_lines(first: bytes, path: Path) -> None:
+    """Refuse an array by its first line: as lines it would be a hundred problems, none of them the right one."""
+    if first == b"[" or _begins_array_of_chats(first):
+        raise DataError(f"{path}: holds a JSON array, not a chat per line. Rename it: .json instead of .jsonl.")
+
+
+def _begins_array_of_chats(line: bytes) -> bool:
+    """Whether the first item of a list is a row, and not a message of a bare list."""
+    if not line.startswith(b"["):
+        return False
+    try:
+        item, _ = json.JSONDecoder().raw_decode(line[1:].decode().lstrip())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(item, dict) and not item.keys().isdisjoint((*LIST_KEYS, "instruction", "question"))
+
+
 def parse_line(line: bytes, where: str, *, lenient: bool = False) -> Any:
     """Decode one JSONL line; RowError names the place and the column. A byte order mark in front is no text.
 
@@ -106,15 +127,19 @@ def parse_line(line: bytes, where: str, *, lenient: bool = False) -> Any:
     """
     try:
         # Not json.loads(line): it would take a line with NUL bytes for UTF-16.
-        text = line.decode("utf-8-sig", errors="replace" if lenient else "strict")
+        # Without its end, or a line that was cut off inside a string would have a control character there.
+        text = line.rstrip(b"\r\n").decode("utf-8-sig", errors="replace" if lenient else "strict")
         return json.loads(text, strict=not lenient)
     except json.JSONDecodeError as exc:
-        raise RowError(
-            f"{where}: not valid JSON at column {exc.colno}: {exc.msg}. Fix or delete the line.", "not JSON"
-        ) from exc
+        # Only LF ends a line, so a file with CR alone is one line, with a second chat after the first.
+        is_cr = exc.msg == "Extra data" and exc.doc[: exc.pos].endswith("\r")
+        fix = "The lines end with CR: convert them with tr '\\r' '\\n'" if is_cr else "Fix or delete the line"
+        raise RowError(f"{where}: not valid JSON at column {exc.pos + 1}: {said(exc)}. {fix}.", "not JSON") from exc
     except UnicodeDecodeError as exc:
         raise RowError(
-            f"{where}: not valid UTF-8 at byte {exc.start}. Convert the file to UTF-8.", "not UTF-8"
+            f"{where}: not valid UTF-8 at byte {exc.start}. Convert the file to UTF-8, or set data.hygiene=clean to "
+            f"have such bytes replaced.",
+            "not UTF-8",
         ) from exc
     except (ValueError, RecursionError) as exc:  # a number of thousands of digits, thousands of brackets
         raise RowError(f"{where}: not readable as JSON ({exc}). Fix or delete the line.", "not JSON") from exc
@@ -126,10 +151,16 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _array_items(stream: io.BufferedIOBase, path: Path) -> Iterator[Record]:
-    content = stream.read()
-    _check_encoding(content, path)
-    rows = parse_line(content, str(path))
+def _array_items(stream: Any, path: Path) -> Iterator[Record]:
+    buffered = io.BufferedReader(stream, 1 << 20)
+    _check_encoding(buffered.peek(), path)
+    text = JsonText(buffered, path)
+    if text.peek() == "[":
+        for number, row in enumerate(text.items(), 1):
+            yield Record(number=number, row=row)
+        return
+    rows = text.value()
+    text.end()
     if isinstance(rows, dict) and rows.keys() & set(LIST_KEYS):
         raise DataError(
             f"{path}: expected a JSON array of chats, found one chat. Put it into brackets: jq '[.]' {path.name} > "
@@ -140,10 +171,7 @@ def _array_items(stream: io.BufferedIOBase, path: Path) -> Iterator[Record]:
             f"{path}: expected a JSON array of chats, found one object with a list under `{wrapper}`. If that is the "
             f"list of chats, unwrap it: jq '.{wrapper}' {path.name} > chats.json. One chat per line is .jsonl."
         )
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a JSON array of chats, found {type(rows).__name__}. One per line is .jsonl.")
-    for number, row in enumerate(rows, 1):
-        yield Record(number=number, row=row)
+    raise DataError(f"{path}: expected a JSON array of chats, found {type(rows).__name__}. One per line is .jsonl.")
 
 
 def _parquet_rows(path: Path, advance: Advance) -> Iterator[Record]:
@@ -155,8 +183,8 @@ def _parquet_rows(path: Path, advance: Advance) -> Iterator[Record]:
     except (pa.ArrowInvalid, OSError) as exc:
         raise DataError(f"{path}: damaged or no Parquet file ({exc}). Fetch it again.") from exc
     size, num_rows, number = path.stat().st_size, file.metadata.num_rows, 0
-    for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-        rows = batch.to_pylist()
+    batches = file.iter_batches(batch_size=PARQUET_ROWS)
+    while rows := _next_rows(batches, path, number):
         # Bytes of columns cannot be told by row; their share of the file can, and it ends at the file's size.
         advance(size * (number + len(rows)) // num_rows - size * number // num_rows)
         for row in rows:
@@ -164,6 +192,21 @@ def _parquet_rows(path: Path, advance: Advance) -> Iterator[Record]:
             yield Record(number=number, row=row)
     if num_rows == 0:
         advance(size)
+
+
+def _next_rows(batches: Iterator[Any], path: Path, number: int) -> list[Any]:
+    """The rows of the next batch, none at the end."""
+    import pyarrow as pa
+
+    try:
+        batch = next(batches, None)
+        return [] if batch is None else batch.to_pylist()
+    # Damaged pages; texts that are no UTF-8; dates that Python does not have.
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as exc:
+        raise DataError(
+            f"{path}: cannot be read after row {number} ({first_line(exc)}). Fetch it again; if a column of yours is "
+            f"the cause, write the file without it."
+        ) from exc
 
 
 class _Counted(io.RawIOBase):

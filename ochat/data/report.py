@@ -4,44 +4,46 @@ The numbers are made once, as a tree; the table on the screen and PREPARED/repor
 """
 
 import json
-import logging
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ochat.config import Config
+from ochat.data.report_warnings import find_warnings
 from ochat.data.store import REPORT_NAME, TRAIN_SPLIT, Manifest, PreparedSplit
-from ochat.data.template import TEMPLATES, get_template, writes_condition
 from ochat.data.weights import item_weights, weight_sums
 
-log = logging.getLogger(__name__)
-
+# Narrower than MIN_WIDTH the terminal breaks lines, which is better than numbers cut off. Elsewhere a line is as long
+# as it needs to be.
+MIN_WIDTH, FILE_WIDTH = 80, 1000
+PLAIN: Mapping[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
 
 
 def print_report(config: Config, manifest: Manifest) -> None:
-    """Print the report and write it as report.json; warn when a low class dominates."""
+    """Print the report and write it as report.json."""
     report = make_report(config, manifest)
     _write(report, Path(config.data.prepared_dir) / REPORT_NAME)
-    console = Console(width=None if Console().is_terminal else 140)
-    console.print(_table(report, f"prepared {config.data.prepared_dir}  ({manifest.fingerprint[:12]})"))
-    for name, numbers in report["sources"].items():
-        for key in ("dropped", "noticed"):
-            if numbers[key]:
-                found = ", ".join(f"{number:,} {what}" for what, number in numbers[key].items())
-                console.print(f"{name}: {key} {found}", markup=False, highlight=False, soft_wrap=True)
-        if weights := numbers["item_weights"]:
-            found = "  ".join(f"{what} {weight:.3g}" for what, weight in weights.items())
-            console.print(f"{name}: weights from rewards  {found}", markup=False, highlight=False, soft_wrap=True)
+    console = Console()
+    show(report, Console(width=max(MIN_WIDTH, console.width) if console.is_terminal else FILE_WIDTH))
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """The numbers as tables, the losses by reason, the warnings."""
+    console.print(f"prepared {report['prepared_dir']}  ({report['fingerprint'][:12]})", **PLAIN)
+    for table in _tables(report["sources"]):
+        console.print(table)
+    for line in _notes(report["sources"]):
+        console.print(line, **PLAIN)
     for warning in report["warnings"]:
-        log.warning("%s", warning)
-        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"warning: {warning}", style="yellow", **PLAIN)
 
 
 def make_report(config: Config, manifest: Manifest) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def make_report(config: Config, manifest: Manifest) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "prepared_dir": config.data.prepared_dir,
         "sources": sources,
-        "warnings": [*_empty_sources(sources), *_blurred_classes(config, sources), *_dominating(sources)],
+        "warnings": find_warnings(config, sources),
     }
 
 
@@ -97,97 +99,54 @@ def _spread(factors: NDArray[np.float64]) -> dict[str, float]:
     return dict(zip(names, np.percentile(factors, [0, 10, 50, 90, 100]).tolist(), strict=True))
 
 
-def _empty_sources(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [
-        f"source {name} keeps nothing of {numbers['read']:,} conversations read."
-        for name, numbers in sources.items()
-        if not numbers["kept"]
-    ]
-
-
-def _blurred_classes(config: Config, sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence for each condition under which sources of different weights are trained, or one for the template.
-
-    Sources whose rows have rewards of their own are passed over: there, weights within a class are meant.
-    """
-    rated = {
-        position: sources[source.name]
-        for position, source in enumerate(config.data.sources)
-        if source.reward_field is None and sources[source.name]["source_weight"]
-    }
-    conditions = sorted({condition for numbers in sources.values() for condition in numbers["conditions"]})
-    template = get_template(config.model.template)
-    if not writes_condition(template):
-        if not any(conditions) and _weigh_alike(rated.values()):
-            return []
-        found = ", ".join(filter(None, conditions)) or "none"
-        fitting = ", ".join(name for name, other in TEMPLATES.items() if writes_condition(other))
-        return [
-            f"template {template.name} writes no condition into the prompt (the data's: {found}): all classes are "
-            f"trained as one, by weight only, and the model cannot be asked for the best. For C-RLFT choose a "
-            f"model.template that writes them: {fitting}."
-        ]
-    sharing = {c: {n: numbers for n, numbers in rated.items() if c in numbers["conditions"]} for c in conditions}
-    return [_shared(config, c, mine) for c, mine in sharing.items() if not _weigh_alike(mine.values())]
-
-
-def _weigh_alike(sources: Iterable[Mapping[str, Any]]) -> bool:
-    weights = [numbers["source_weight"] for numbers in sources]
-    return not weights or math.isclose(min(weights), max(weights), rel_tol=1e-9)  # they are means over rows
-
-
-def _shared(config: Config, condition: str, sources: Mapping[int, Mapping[str, Any]]) -> str:
-    names = " and ".join(config.data.sources[position].name for position in sources)
-    weights = " and ".join(f"{numbers['source_weight']:.3g}" for numbers in sources.values())
-    shared = f"share the condition {condition}" if condition else "have no condition"
-    asked = f", and asked for {condition} it answers like both" if condition else ""
-    fields = ", ".join(f"data.sources.{position}.condition" for position in sources)
-    return (
-        f"sources {names} (weights {weights}) {shared}: the model cannot tell one from the other{asked}. "
-        f"Give each its own: {fields}, or in the rows."
+def _tables(sources: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    """Three narrow tables with a row per source, so that 80 columns are enough."""
+    yield _table(
+        sources,
+        ("conversations", "read", "kept", "dropped", "truncated", "split"),
+        lambda n: (n["read"], n["kept"], sum(n["dropped"].values()), n["truncated"], n["split"]),
+    )
+    yield _table(
+        sources,
+        ("tokens", "total", "supervised", *PERCENTILES),
+        lambda n: (n["tokens"], f"{n['supervised_share']:.1%}", *n["length"].values()),
+    )
+    yield _table(
+        sources,
+        ("weights", "sum", "x source", "share of the gradient"),
+        lambda n: (
+            _rounded(n["weight_sum"]),
+            "-" if n["source_weight"] is None else f"{n['source_weight']:.3g}",
+            f"{n['gradient_share']:.1%}",
+        ),
     )
 
 
-def _dominating(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence for each source that outweighs all that are rated higher, with the weight that makes them even.
-
-    weights 1.0 and 0.1, sums 50 and 400 (x 0.1 = 40): fine. Sums 50 and 900: 90 against 50; even at 0.1 x 50 / 90.
-    """
-    sentences = []
-    rated = {name: numbers for name, numbers in sources.items() if numbers["source_weight"]}
-    for name, low in rated.items():
-        above = [other for other in rated.values() if other["source_weight"] > low["source_weight"] * (1 + 1e-9)]
-        share = sum(other["gradient_share"] for other in above)
-        if above and low["gradient_share"] > share:
-            even = low["source_weight"] * share / low["gradient_share"]
-            sentences.append(
-                f"source {name} has the lower weight ({low['source_weight']:.3g}) and still "
-                f"{low['gradient_share']:.1%} of the gradient, against {share:.1%} of those rated higher: the model "
-                f"will mostly learn from it. They are even at a weight of {even:.3g}."
-            )
-    return sentences
-
-
-def _table(report: Mapping[str, Any], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("source")
-    headings = ("read", "kept", "dropped", "cut", "split", "tokens", "supervised", "p50/p90/p99/max")
-    for heading in (*headings, "weight sum", "x weight", "gradient"):
-        table.add_column(heading, justify="right")
-    for name, numbers in report["sources"].items():
-        weight = numbers["source_weight"]
-        table.add_row(
-            name,
-            *(f"{numbers[key]:,}" for key in ("read", "kept")),
-            f"{sum(numbers['dropped'].values()):,}",
-            *(f"{numbers[key]:,}" for key in ("truncated", "split", "tokens")),
-            f"{numbers['supervised_share']:.1%}",
-            "/".join(str(length) for length in numbers["length"].values()),
-            f"{numbers['weight_sum']:,.6g}",
-            "-" if weight is None else f"{weight:.3g}",
-            f"{numbers['gradient_share']:.1%}",
-        )
+def _table(
+    sources: Mapping[str, Mapping[str, Any]], headings: tuple[str, ...], cells: Callable[[Any], tuple[int | str, ...]]
+) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    # A number that is cut off is a wrong number; a long name may take several lines.
+    table.add_column(headings[0], overflow="fold")
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, numbers in sources.items():
+        table.add_row(Text(name), *(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells(numbers)))
     return table
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+
+
+def _notes(sources: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for name, numbers in sources.items():
+        for key in ("dropped", "noticed"):
+            if numbers[key]:
+                yield f"{name}: {key} " + ", ".join(f"{number:,} {what}" for what, number in numbers[key].items())
+        if weights := numbers["item_weights"]:
+            found = "  ".join(f"{what} {weight:.3g}" for what, weight in weights.items())
+            yield f"{name}: weights from rewards  {found}"
 
 
 def _write(report: Mapping[str, Any], path: Path) -> None:

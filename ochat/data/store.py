@@ -24,6 +24,7 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "report.json"
 TRAIN_SPLIT = "train"
+BATCH_ROWS, BATCH_BYTES = 8192, 32 << 20
 
 SCHEMA = pa.schema(
     {
@@ -108,14 +109,32 @@ def write_split(batches: Iterator[pa.RecordBatch], folder: Path) -> None:
     import datasets  # takes most of a second; only preparing needs it
 
     stream = folder.with_name(f"{folder.name}.stream")
-    with pa.OSFile(str(stream), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+    _write_stream(iter(()), stream)
+    datasets.disable_progress_bars()
+    # The library writes what describes the columns, around no rows. The rows go to their place at once, where it would
+    # copy them: twice the disk, and all of it mapped into memory.
+    datasets.Dataset.from_file(str(stream)).save_to_disk(str(folder), num_shards=1)
+    stream.unlink()
+    (file,) = folder.glob("data-*.arrow")
+    _write_stream(_joined(batches), file)
+
+
+def _write_stream(batches: Iterator[pa.RecordBatch], path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    datasets.disable_progress_bars()
-    dataset = datasets.Dataset.from_file(str(stream))
-    # By itself it gives an empty dataset no file at all, and cannot open that again.
-    dataset.save_to_disk(str(folder), num_shards=None if len(dataset) else 1)
-    stream.unlink()
+
+
+def _joined(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows in fewer batches: every one takes its time when the split is opened."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(b.num_rows for b in waiting) >= BATCH_ROWS or sum(b.nbytes for b in waiting) >= BATCH_BYTES:
+            yield pa.concat_batches(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_batches(waiting)
 
 
 class PreparedSplit:

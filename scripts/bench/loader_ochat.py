@@ -30,8 +30,8 @@ def main(folder: Path, row_tokens: int) -> None:
     before, began = anonymous_mib(), time.perf_counter()
     loader = Loader(config, PreparedSplit(folder / "prepared" / TRAIN_SPLIT))
     answer({"open_s": time.perf_counter() - began, "memory_mib": anonymous_mib() - before})
-    loader.plan(0)
-    steps = loader.epoch(0)
+    loader.epoch_plan(0)
+    steps = iter(loader)
     for _ in sys.stdin:
         began = time.perf_counter()
         step = next(steps)

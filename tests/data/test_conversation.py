@@ -86,6 +86,7 @@ def test_an_empty_system_text_is_no_message(system: object) -> None:
 def test_a_system_message_is_never_trained_and_a_weight_that_asks_for_it_is_refused() -> None:
     system = {"role": "system", "content": "Be brief."}
     assert [m.weight for m in parse({"messages": [system, *OPENAI["messages"]]}).messages] == [0.0, 0.0, 1.0]
+    assert parse({"messages": [{**system, "weight": 0}, *OPENAI["messages"]]}).messages[0].weight == 0.0
     with pytest.raises(
         DataError, match=r"chats.jsonl:7: message 1: a system message has weight 1; it is never trained"
     ):
@@ -150,7 +151,7 @@ def test_a_role_that_is_no_known_word_is_refused(role: object) -> None:
     assert f"message 2 has role {role!r}" in refused(items(role=role))
 
 
-@pytest.mark.parametrize("content", [None, 3, ["Hi"], {"text": "Hi"}])
+@pytest.mark.parametrize("content", [None, 3, [], ["Hi"], {"text": "Hi"}])
 def test_a_content_that_is_no_text_is_refused(content: object) -> None:
     assert f"message 2: `content` must be text, found {type(content).__name__}" in refused(items(content=content))
 
@@ -168,6 +169,8 @@ def test_a_weight_that_is_no_finite_number_of_at_least_0_is_refused(weight: obje
     text = refused(items(weight=weight))
     assert "message 2: `weight` is" in text
     assert "expected a finite number" in text
+    assert len(text) < 200
+    assert refused({**OPENAI, "weight": weight}).startswith("chats.jsonl:7: `weight` is")
 
 
 @pytest.mark.parametrize("reward", [float("nan"), float("-inf"), None, False, "1", 1e39, 10**400], ids=str_or_huge)
@@ -187,3 +190,20 @@ def test_a_system_text_or_condition_that_is_no_text_is_refused(key: str) -> None
 def test_a_content_with_half_a_surrogate_pair_is_refused() -> None:
     # JSON may spell "\\ud83d" alone (a smiley cut in two); no tokenizer takes it.
     assert "message 2" in refused(items(content="cut \ud83d"))
+
+
+def test_a_condition_is_cleaned_and_checked_like_a_content() -> None:
+    source = SourceConfig(name="chats", path="chats.jsonl", condition="Code")
+    assert parse_conversation({**OPENAI, "condition": "GPT4"}, source, "f:1", clean=str.lower).condition == "gpt4"
+    assert parse_conversation(OPENAI, source, "f:1", clean=str.lower).condition == "code"
+    assert "`condition` has half a character (U+D83D) at 3" in refused({**OPENAI, "condition": "cut\ud83d"})
+
+
+def test_a_system_text_has_two_names_and_two_that_differ_are_refused() -> None:
+    expected = parse({**OPENAI, "system": "Be brief."})
+    assert expected.messages[0].content == "Be brief."
+    assert parse({**OPENAI, "system_prompt": "Be brief."}) == expected
+    assert parse({**OPENAI, "system": "Be brief.", "system_prompt": "Be brief."}) == expected
+    assert parse({**OPENAI, "system": "Be brief.", "system_prompt": ""}) == expected
+    text = refused({**OPENAI, "system": "Be brief.", "system_prompt": "Be kind."})
+    assert "`system` and `system_prompt` differ. Keep one of them." in text

@@ -84,6 +84,31 @@ def test_the_input_of_an_instruction_follows_an_empty_line_and_spaces_stay(name:
     assert parse({**ROWS[name], key: None}).messages[0].content == "Hi"
 
 
+@pytest.mark.parametrize("name", ["alpaca", "dolly", "orca"])
+@pytest.mark.parametrize("key", ["input", "context"])
+def test_what_a_question_is_about_is_never_left_out(name: str, key: str) -> None:
+    # {"instruction", "input", "response"} has the question of Alpaca and the answer of Dolly.
+    row = {k: v for k, v in ROWS[name].items() if k not in ("input", "context")}
+    assert parse({**row, key: "x"}).messages[0].content == "Hi\n\nx"
+    assert parse({**row, "input": "x", "context": "x"}).messages[0].content == "Hi\n\nx"
+    assert "`input` and `context` differ" in refused({**row, "input": "x", "context": "y"}, "two inputs")
+
+
+def test_a_misspelt_input_is_named_and_does_not_vanish() -> None:
+    assert "Did you mean `input`?" in refused({"instruction": "Hi", "inptu": "x", "output": "y"}, "misspelt key")
+    assert parse({**ROWS["openai"], "inptu": "x"}).messages == (HI, HELLO)  # there it is nobody's input
+
+
+@pytest.mark.parametrize("beside", [{"query": "c", "response": "d"}, {"prompt": "c", "answer": "d"}])
+def test_a_history_with_its_last_turn_beside_it_is_not_half_read(beside: dict[str, str]) -> None:
+    text = refused({"history": [["a", "b"]], **beside}, "turn beside the history")
+    assert " and ".join(f"`{key}`" for key in beside) in text
+    assert "call it `question` and `response`" in text
+    named = parse({"history": [["a", "b"]], "question": "c", "response": "d"})
+    assert [m.content for m in named.messages] == ["a", "b", "c", "d"]
+    assert parse({"history": [["a", "b"]], **dict.fromkeys(beside)}).messages[0].content == "a"
+
+
 def test_an_instruction_keeps_its_history() -> None:
     row = {**ROWS["alpaca"], "history": [["a", "b"], ["c", "d"]]}
     assert [m.content for m in parse(row).messages] == ["a", "b", "c", "d", "Hi", "Hello"]
@@ -92,6 +117,8 @@ def test_an_instruction_keeps_its_history() -> None:
 
 def test_a_pair_of_a_history_without_an_answer_is_refused() -> None:
     assert "pair 1: `bot` must be text" in refused({"history": [{"user": "Hi"}]}, "content is no text")
+    text = refused({"history": [["a", "b", "c"]]}, "malformed message")
+    assert "pair 1: needs `user` and `bot`, found list" in text
 
 
 def test_a_null_is_a_key_the_row_does_not_have() -> None:
@@ -112,6 +139,7 @@ def test_a_null_is_a_key_the_row_does_not_have() -> None:
         ("bard", "assistant"),
         ("model", "assistant"),
         ("System", "system"),
+        ("developer", "system"),
     ],
 )
 def test_roles_have_many_names_capitalised_or_not(name: str, role: str) -> None:
@@ -150,6 +178,25 @@ def test_two_weights_that_differ_are_refused_and_equal_ones_are_not() -> None:
     assert "message 2 has `weight` 0.5 and `train` 1. They mean the same: keep one." in text
 
 
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("key", ["loss_weight", "loss_scale", "train"])
+def test_a_rows_weight_has_the_same_names_as_a_messages(name: str, key: str) -> None:
+    assert [m.weight for m in parse({**ROWS[name], key: 0.25}).messages] == [0.0, 0.25]
+    text = refused({**ROWS[name], key: 0.25, "weight": 1}, "bad weight")
+    assert f"`weight` 1 and `{key}` 0.25" in text
+
+
+def test_the_weight_of_a_pair_is_its_answers_and_wins_over_the_rows() -> None:
+    pairs = [{"user": "a", "bot": "b", "weight": 0.5}, {"user": "c", "bot": "d"}]
+    assert [m.weight for m in parse({"history": pairs, "weight": 0.25}).messages] == [0.0, 0.5, 0.0, 0.25]
+    assert "pair 1: `weight` is -1" in refused({"history": [{**pairs[0], "weight": -1}]}, "bad weight")
+    assert "pair 1: the key `wieght`" in refused({"history": [{"user": "a", "bot": "b", "wieght": 1}]}, "misspelt key")
+
+
+def test_a_null_weight_is_none_and_the_rows_counts() -> None:
+    assert [m.weight for m in parse({**messages({}, {"weight": None}), "weight": 0.25}).messages] == [0.0, 0.25]
+
+
 # --- tools
 
 
@@ -161,10 +208,12 @@ def test_two_weights_that_differ_are_refused_and_equal_ones_are_not() -> None:
         messages({}, {"role": "tool"}),
         messages({}, {"role": "function", "name": "f"}),
         {"conversations": [{"from": "observation", "value": "x"}]},
+        messages({}, {"function_calls": "f()"}),
+        messages({}, {"tool_call": {"name": "f"}}),
+        messages({"role": "system", "tools": '[{"name": "f"}]'}, {}),
         {"messages": TURNS, "tools": [{"type": "function"}]},
         {"messages": TURNS, "functions": '[{"name": "f"}]'},
     ],
-    ids=["tool_calls", "function_call", "tool", "function", "observation", "tools", "functions"],
 )
 def test_whatever_has_to_do_with_tools_is_refused_whole(row: object) -> None:
     assert "Tools are not supported: drop the row, or set data.on_error=skip" in refused(row, "tool call")
@@ -173,6 +222,7 @@ def test_whatever_has_to_do_with_tools_is_refused_whole(row: object) -> None:
 @pytest.mark.parametrize("tools", [[], "[]", "", None])
 def test_an_empty_list_of_tools_is_none(tools: object) -> None:
     assert parse({"messages": TURNS, "tools": tools}).messages == (HI, HELLO)
+    assert parse(messages({"tools": tools}, {"tool_calls": tools})).messages == (HI, HELLO)
 
 
 # --- refused by name
@@ -192,13 +242,37 @@ DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Hello"
             "preference pair",
             "is a preference pair",
         ),
-        ({"message_tree_id": "1", "prompt": {"text": "Hi", "replies": []}}, "message tree", "message tree (OASST)"),
+        ({"message_tree_id": "1", "text": "Hi"}, "message tree", "message tree (OASST)"),
+        ({"prompt": {"text": "Hi", "replies": []}}, "message tree", "message tree (OASST)"),
     ],
 )
 def test_what_needs_a_choice_is_refused_with_the_way_to_make_it(row: object, reason: str, said: str) -> None:
     text = refused(row, reason)
     assert said in text
     assert "`messages`" in text
+
+
+@pytest.mark.parametrize("pair", [("chosen", "rejected"), ("preferred_output", "non_preferred_output")])
+def test_messages_beside_a_preference_pair_are_read_only_when_the_format_is_named(pair: tuple[str, str]) -> None:
+    # The list may end with the question: its answer is in the pair.
+    row = {**ROWS["sharegpt"], **{key: {"from": "gpt", "value": "x"} for key in pair}}
+    assert "set the source's `format`" in refused(row, "preference pair")
+    assert parse(row, format="sharegpt").messages == (HI, HELLO)
+    assert parse({**row, **dict.fromkeys(pair)}).messages == (HI, HELLO)
+
+
+def test_a_system_text_that_is_in_both_places_is_there_once() -> None:
+    row = {"messages": [{"role": "system", "content": "Be brief."}, *TURNS]}
+    once = parse(row)
+    assert parse({**row, "system": "Be brief."}) == once
+    assert [m.content for m in parse({**row, "system": "Be kind."}).messages[:2]] == ["Be kind.", "Be brief."]
+
+
+def test_what_a_row_spells_is_shown_escaped_and_short() -> None:
+    text = refused({"a\nb\x1b[31m\ud800": 1}, "unknown format")
+    assert r"the keys `a\nb\x1b[31m\ud800`" in text
+    assert len(refused({"k" * 100_000: 1}, "unknown format")) < 500
+    assert len(refused(messages({"role": "x" * 100_000}), "unknown role")) < 500
 
 
 def test_a_row_without_any_known_key_gets_the_nearest() -> None:
@@ -233,7 +307,8 @@ def test_a_misspelt_weight_of_a_message_is_named(key: str) -> None:
 PEOPLES_OWN = """
 source id model title idx lang language height conversation_id conversation_hash prompt prompt_id category dataset
 timestamp turn score message message_id item conversation system_prompt tags text topic metadata toxic state sentiment
-overall_sentiment conversation_metadata openai_moderation redacted chosen input name
+citation connection trial translation overall_sentiment conversation_metadata openai_moderation redacted chosen input
+name
 """
 
 

@@ -32,7 +32,7 @@ def judge(conversation: Conversation, **policies: str) -> Verdict:
 
 TIDY = chat("s:S", "u:a", "a:b", "u:c", "a:d")
 UGLY = {
-    "empty_turns": [chat("u:", "a:b"), chat("u:a", "a: \n\t"), chat("u:a", "a:\u200b")],
+    "empty_turns": [chat("u:", "a:b"), chat("u:a", "a: \n\t"), chat("u:a", "a:\u200b"), chat("u:a", "a:\u200d\u2060")],
     "assistant_first": [chat("a:x", "u:a", "a:b"), chat("s:S", "a:x", "u:a")],
     "same_role": [chat("u:a", "u:b", "a:c"), chat("u:a", "a:b", "a:c")],
 }
@@ -43,6 +43,11 @@ CASES = [(policy, case) for policy, cases in UGLY.items() for case in cases]
 def test_by_default_a_chat_is_kept_as_it_is_and_its_trouble_is_noticed(policy: str, ugly: Conversation) -> None:
     assert judge(ugly) == Verdict(conversation=ugly, noticed=(POLICIES[policy],))
     assert judge(TIDY) == Verdict(conversation=TIDY)
+
+
+@pytest.mark.parametrize("quiet", [chat(), chat("s:S"), chat("s:S", "u:a")])
+def test_a_chat_in_which_no_assistant_speaks_does_not_begin_with_one(quiet: Conversation) -> None:
+    assert judge(quiet, assistant_first="drop") == Verdict(conversation=quiet)
 
 
 @pytest.mark.parametrize(("policy", "ugly"), CASES)

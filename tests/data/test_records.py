@@ -60,8 +60,11 @@ def test_advance_hears_every_byte_of_the_file(tmp_path: Path, name: str) -> None
     assert sum(heard) == path.stat().st_size
 
 
-def test_a_file_of_lines_is_not_read_ahead_to_its_end(tmp_path: Path) -> None:
-    path = write(tmp_path, "chats.jsonl", JSONL * 200_000)
+@pytest.mark.parametrize(
+    ("name", "content"), [("chats.jsonl", JSONL * 200_000), ("chats.json", b"[" + b"1, " * 4_000_000 + b"1]")]
+)
+def test_a_file_is_not_read_ahead_to_its_end(tmp_path: Path, name: str, content: bytes) -> None:
+    path = write(tmp_path, name, content)
     heard: list[int] = []
     next(read_records(path, heard.append))
     assert 0 < sum(heard) < path.stat().st_size
@@ -86,13 +89,52 @@ def test_a_json_file_that_is_no_array_is_refused(tmp_path: Path, content: bytes,
 
 
 def test_a_broken_json_file_is_refused(tmp_path: Path) -> None:
-    assert "not valid JSON at column 5" in refused(write(tmp_path, "chats.json", b"[1, "))
+    text = refused(write(tmp_path, "chats.json", b"[1,\n 2 3]"))
+    assert text.endswith(
+        "chats.json: item 2: not valid JSON at line 2, column 4: Expecting ',' delimiter. Fix it there."
+    )
+    assert "item 2: not valid JSON at line 1, column 5" in refused(write(tmp_path, "chats.json", b"[1, "))
+    assert "not valid UTF-8 at byte 2" in refused(write(tmp_path, "chats.json", b'["\xff"]'))
+    assert "not readable as JSON" in refused(write(tmp_path, "chats.json", b"[" * 100_000))
+
+
+def test_lines_in_a_json_file_and_an_array_in_a_jsonl_file_are_told_the_right_name(tmp_path: Path) -> None:
+    lines = b'{"messages": 1}\n{"messages": 2}\n'
+    assert "One chat per line is .jsonl: rename it." in refused(write(tmp_path, "chats.json", lines))
+    array = json.dumps([{"id": "1", "conversations": []}] * 2)
+    for content in (array, array.replace("}, ", "},\n"), json.dumps(ROWS, indent=1), "\ufeff" + array):
+        text = refused(write(tmp_path, "chats.jsonl", content.encode()))
+        assert "holds a JSON array, not a chat per line. Rename it: .json instead of .jsonl." in text
+
+
+@pytest.mark.parametrize("line", [b'[{"role": "user", "content": "Hi"}]', b"[", b"[]", b"[1]", b"[{]", b"[" * 100_000])
+def test_a_list_that_may_be_a_chat_is_a_line_like_any_other(tmp_path: Path, line: bytes) -> None:
+    path = write(tmp_path, "chats.jsonl", b"{}\n" + line if line == b"[" else line)
+    assert list(read_records(path))[-1].row == line
+
+
+def test_only_the_end_of_a_name_says_what_a_file_is(tmp_path: Path) -> None:
+    assert [r.number for r in read_records(write(tmp_path, "chats.json.jsonl", JSONL))] == [1, 4, 5]
+    assert [r.number for r in read_records(write(tmp_path, "chats.jsonl.json", ARRAY))] == [1, 2, 3]
+
+
+def test_a_byte_order_mark_is_no_line_of_its_own(tmp_path: Path) -> None:
+    assert list(read_records(write(tmp_path, "chats.jsonl", b"\xef\xbb\xbf"))) == []
+    assert [r.number for r in read_records(write(tmp_path, "chats.jsonl", b"\xef\xbb\xbf\r\n{}"))] == [2]
+
+
+def test_lines_that_end_with_cr_alone_get_the_way_to_convert_them(tmp_path: Path) -> None:
+    (record,) = read_records(write(tmp_path, "chats.jsonl", b"{}\r{}\r{}"))
+    with pytest.raises(RowError, match=r"The lines end with CR: convert them with tr '\\r' '\\n'\.$"):
+        parse_line(record.row, "f:1")
+    with pytest.raises(RowError, match=r"Extra data\. Fix or delete the line\.$"):
+        parse_line(b"{} {}", "f:1")
 
 
 @pytest.mark.parametrize("damage", ["cut short", "no gzip at all", "wrong checksum", "wrong bits"])
 @pytest.mark.parametrize("name", ["chats.jsonl.gz", "chats.json.gz"])
 def test_a_damaged_gz_file_is_refused(tmp_path: Path, name: str, damage: str) -> None:
-    path = write(tmp_path, name, ARRAY)
+    path = write(tmp_path, name, JSONL if "jsonl" in name else ARRAY)
     assert list(read_records(path))
     whole = path.read_bytes()  # a header of 10 bytes, the compressed data, a checksum and a length of 4 bytes each
     damaged = {
@@ -102,7 +144,7 @@ def test_a_damaged_gz_file_is_refused(tmp_path: Path, name: str, damage: str) ->
         "wrong bits": whole[:10] + b"\xff" * 8 + whole[18:],
     }
     path.write_bytes(damaged[damage])
-    refused(path)
+    assert "damaged or no gz file" in refused(path)
 
 
 def test_a_line_is_decoded() -> None:
@@ -124,8 +166,16 @@ def test_a_line_that_cannot_be_decoded_names_its_place(line: bytes) -> None:
 def test_the_column_and_the_byte_of_the_mistake_are_named() -> None:
     with pytest.raises(DataError, match=r"^f:1: not valid JSON at column 7: .* Fix or delete the line\.$"):
         parse_line(b'{"a": }', "f:1")
-    with pytest.raises(DataError, match=r"^f:1: not valid UTF-8 at byte 1\. Convert the file to UTF-8\.$"):
+    with pytest.raises(DataError, match=r"^f:1: not valid JSON at column 2: "):
+        parse_line(b"[\n", "f:1")
+    with pytest.raises(
+        DataError, match=r"^f:1: not valid UTF-8 at byte 1\. Convert the file to UTF-8, or set data\.hygiene=clean"
+    ):
         parse_line(b'"\xff"', "f:1")
+    with pytest.raises(DataError, match=r"^f:1: not valid JSON at column 7: Unterminated string\. Fix or delete"):
+        parse_line(b'{"a": "cut o\r\n', "f:1")
+    with pytest.raises(DataError, match=r"^f:1: not valid JSON at column 9: Invalid control character\. Fix or delete"):
+        parse_line(b'{"a": "b\tc"}', "f:1")
 
 
 def test_a_file_is_known_by_its_bytes(tmp_path: Path) -> None:
@@ -167,6 +217,46 @@ def test_rows_of_a_parquet_file_are_numbered_from_1(tmp_path: Path) -> None:
     assert sum(heard) == path.stat().st_size
     path.write_bytes(path.read_bytes()[:-10])
     assert "damaged or no Parquet file" in refused(path)
+
+
+def test_a_parquet_file_without_rows_is_read_to_its_end(tmp_path: Path) -> None:
+    path, heard = tmp_path / "chats.parquet", []
+    pq.write_table(pa.table({"instruction": pa.array([], pa.string())}), path)
+    assert list(read_records(path, heard.append)) == []
+    assert sum(heard) == path.stat().st_size
+
+
+def test_however_parquet_spells_texts_they_are_texts(tmp_path: Path) -> None:
+    columns = {
+        "instruction": pa.array(["a", "b"]).dictionary_encode(),
+        "input": pa.array([None, "c"], pa.large_string()),
+        "mine": pa.array([{"x": [1]}, None]),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "chats.parquet")
+    first, second = (r.row for r in read_records(tmp_path / "chats.parquet"))
+    assert first == {"instruction": "a", "input": None, "mine": {"x": [1]}}
+    assert second == {"instruction": "b", "input": "c", "mine": None}
+
+
+def not_utf8(length: int) -> pa.Array:
+    offsets = b"".join(n.to_bytes(4, "little") for n in range(length + 1))
+    return pa.Array.from_buffers(pa.string(), length, [None, pa.py_buffer(offsets), pa.py_buffer(b"\xff" * length)])
+
+
+@pytest.mark.parametrize("column", [not_utf8(1), pa.array([10**7], pa.date32())], ids=["text", "date"])
+def test_a_column_that_python_cannot_hold_is_no_traceback(tmp_path: Path, column: pa.Array) -> None:
+    fine = pa.nulls(300, column.type)
+    table = pa.table({"instruction": ["a"] * 301, "mine": pa.chunked_array([fine, column])})
+    pq.write_table(table, tmp_path / "chats.parquet")
+    assert "chats.parquet: cannot be read after row 256 (" in refused(tmp_path / "chats.parquet")
+
+
+def test_a_damaged_page_of_a_parquet_file_is_no_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "chats.parquet"
+    pq.write_table(pa.table({"instruction": [f"{n}" * 20 for n in range(2000)]}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 3] + b"\x55" * 200 + content[len(content) // 3 + 200 :])
+    assert "chats.parquet: cannot be read after row " in refused(path)
 
 
 def hub(path: Path, **keys: str) -> SourceConfig:

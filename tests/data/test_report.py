@@ -1,13 +1,15 @@
 """The report: one set of numbers, on the screen and in report.json, and the warning that matters."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ochat.config import Config, load_config
 from ochat.data.prepare import prepare
-from ochat.data.report import make_report, print_report
+from ochat.data.report import make_report, print_report, show
 from ochat.data.store import Manifest
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tokenizers" / "mini-mistral"
@@ -49,6 +51,7 @@ def test_the_file_holds_the_numbers_of_the_table(tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     written = json.loads((tmp_path / "prepared" / "report.json").read_text())
     assert written == make_report(config, manifest)
+    assert {*written} == {"fingerprint", "prepared_dir", "sources", "warnings"}
     good = written["sources"]["good"]
     assert (good["read"], good["kept"], good["dropped"], good["noticed"]) == (
         4,
@@ -59,16 +62,64 @@ def test_the_file_holds_the_numbers_of_the_table(tmp_path: Path, capsys: pytest.
     # 3 x 2 tokens x 1.0 against 3 tokens (two letters, the end of turn) x 0.1
     assert good["weighted_sum"] == pytest.approx(6.0)
     assert good["gradient_share"] == pytest.approx(6 / 6.3)
-    (line,) = (line for line in out.splitlines() if " good " in line)
-    for shown in ("4", "3", "1", f"{6 / 6.3:.1%}", f"{good['tokens']}", f"{good['supervised_share']:.1%}"):
-        assert shown in line.split()
+    tokens, share = f"{good['tokens']}", f"{good['supervised_share']:.1%}"
+    assert rows_of("good", out) == [
+        ["good", "4", "3", "1", "0", "0"],
+        ["good", tokens, share, *(str(length) for length in good["length"].values())],
+        ["good", "6", "1", f"{6 / 6.3:.1%}"],
+    ]
+    assert "prepared " + str(tmp_path / "prepared") in out
     assert "good: dropped 1 no messages" in out
     assert "good: noticed 2 duplicate" in out
     assert prepare(config) == manifest  # a report beside it does not make the dataset a stranger's
 
 
+def rows_of(name: str, out: str) -> list[list[str]]:
+    """The cells of a source's row in each table."""
+    return [line.split() for line in out.splitlines() if line.startswith(f"  {name} ")]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_shows_every_number_in_full_and_names_as_they_are(tmp_path: Path, width: int) -> None:
+    made = report(settings(tmp_path, {"good": [row("a")]}))
+    big = {
+        **made["sources"]["good"],
+        "read": 1_234_567,
+        "kept": 1_234_567,
+        "tokens": 1_234_567_890,
+        "weight_sum": 1.2e9,
+    }
+    big["length"] = dict.fromkeys(("p50", "p90", "p99", "max"), 131_072)
+    made["sources"] = {"[red]x": big, "a-name-that-is-rather-longer-than-others": big}
+    made["prepared_dir"] = "data/[v1]/prepared"  # no markup of rich's
+    out = io.StringIO()
+    show(made, Console(width=width, file=out, force_terminal=True, color_system=None))
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("prepared data/[v1]/prepared  (")
+    assert all(len(line) <= width for line in lines)
+    assert "…" not in out.getvalue()
+    share = f"{big['supervised_share']:.1%}"
+    numbers = [
+        ["1,234,567", "1,234,567", "0", "0", "0"],
+        ["1,234,567,890", share, "131,072", "131,072", "131,072", "131,072"],
+        ["1,200,000,000", "1", "100.0%"],
+    ]
+    for start in ("  [red]x ", "  a-name"):
+        assert [line.split()[1:] for line in lines if line.startswith(start)] == numbers
+
+
+def test_away_from_a_terminal_no_line_is_broken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "a-name-" + "that-goes-on-" * 12
+    config = settings(tmp_path, {name: [row("a")]})
+    print_report(config, prepare(config))
+    assert [cells[0] for cells in rows_of(name, capsys.readouterr().out)] == [name] * 3
+
+
 def test_lengths_are_those_of_rows(tmp_path: Path) -> None:
-    config = settings(tmp_path, {"good": [row("a")] * 98 + [row("a a a")] * 2}, good={})
+    config = settings(tmp_path, {"good": [row("a")] * 99 + [row("a a a")]}, good={})
     length = report(config)["sources"]["good"]["length"]
     assert length == {"p50": length["p50"], "p90": length["p50"], "p99": length["p50"] + 2, "max": length["p50"] + 2}
 
@@ -159,7 +210,7 @@ def test_a_template_without_conditions_is_warned_of_where_classes_were_meant(
 
 
 def test_a_low_source_that_dominates_is_warned_of_with_the_weight_that_balances(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # 1 x 2 tokens x 1.0 = 2 against 40 x 2 x 0.1 = 8; even at 0.1 x 2 / 8 = 0.025
     config = settings(tmp_path, {"good": [row("a")], "bad": [row("b")] * 40}, good=EXPERT, bad=CARELESS)
@@ -168,8 +219,7 @@ def test_a_low_source_that_dominates_is_warned_of_with_the_weight_that_balances(
         "source bad has the lower weight (0.1) and still 80.0% of the gradient, against 20.0% of those rated higher: "
         "the model will mostly learn from it. They are even at a weight of 0.025."
     )
-    assert caplog.messages[-1] == expected
-    assert expected in capsys.readouterr().out.replace("\n", " ")
+    assert f"warning: {expected}\n" in capsys.readouterr().out
     even = settings(
         tmp_path, {"good": [row("a")], "bad": [row("b")] * 40}, "data.sources.1.weight=0.025", good=EXPERT, bad=CARELESS
     )
@@ -182,6 +232,7 @@ def test_a_low_source_that_dominates_is_warned_of_with_the_weight_that_balances(
     [
         ((1.0, 0.1), (1, 9)),  # 2 against 1.8
         ((1.0, 1.0), (1, 40)),  # neither is lower
+        ((1.0, 0.5), (1, 2)),  # even
         ((1.0, 0.0), (1, 40)),  # weighs nothing
         ((0.1, 1.0), (1, 40)),  # the higher one dominates
     ],
@@ -190,6 +241,33 @@ def test_otherwise_there_is_no_warning(tmp_path: Path, weights: tuple[float, flo
     sources = {name: [row("a")] * n for name, n in zip(("x", "y"), rows, strict=True)}
     keys = {name: {"weight": w, "condition": name} for name, w in zip(("x", "y"), weights, strict=True)}
     assert report(settings(tmp_path, sources, **keys))["warnings"] == []
+
+
+def test_with_rewards_the_warning_names_what_can_be_changed(tmp_path: Path) -> None:
+    # exp(-1) x 40 x 2 against 2
+    rewards = {"good": {"reward": 1.0, "condition": "GPT4"}, "bad": {"reward": 0.0, "condition": "GPT3"}}
+    config = settings(tmp_path, {"good": [row("a")], "bad": [row("b")] * 40}, "loss.beta=1", **rewards)
+    (warning,) = report(config)["warnings"]
+    assert "source bad has the lower mean weight (0.368) and still 93.6% of the gradient" in warning
+    assert warning.endswith("They are even at a mean weight of 0.025: lower loss.beta or its rewards.")
+
+
+def test_sources_of_the_same_rewards_are_of_one_class_whatever_rounding_makes_of_their_means(tmp_path: Path) -> None:
+    def scored(times: int) -> list[object]:
+        return [row("a", score=0)] * 3 * times + [row("a", score=1)] * times
+
+    rows = {"few": scored(1), "many": scored(40)}  # here the second mean is lower in its last bit
+    field = {"reward_field": "score"}
+    made = report(settings(tmp_path, rows, "loss.beta=0.7", few=field, many=field))
+    assert made["sources"]["few"]["source_weight"] == pytest.approx(made["sources"]["many"]["source_weight"], rel=1e-12)
+    assert made["warnings"] == []
+
+
+def test_a_source_that_keeps_nothing_has_no_share_and_a_warning(tmp_path: Path) -> None:
+    made = report(settings(tmp_path, {"none": [{"messages": []}]}))
+    assert made["sources"]["none"]["gradient_share"] == 0.0
+    assert made["sources"]["none"]["source_weight"] is None
+    assert made["warnings"] == ["source none keeps nothing of 1 conversations read."]
 
 
 # --- rewards
@@ -205,7 +283,9 @@ def test_the_weights_that_rewards_come_to_are_shown_and_clipping_shrinks_them(
     assert "scored: weights from rewards  min 3.72e-44" in capsys.readouterr().out
     before = Manifest.read(tmp_path / "prepared").fingerprint
     tame = settings(tmp_path, {"scored": rows}, "loss.beta=1", scored={**field, "reward_clip": [0.5, 1]})
-    weights = report(tame)["sources"]["scored"]["item_weights"]
+    scored = report(tame)["sources"]["scored"]
+    weights = scored["item_weights"]
     # 100 -> 1, 1 -> 1, 0 -> 0.5: weights 1, 1, exp(-0.5)
     assert (weights["min"], weights["p50"], weights["max"]) == pytest.approx((0.6065306597, 1.0, 1.0))
+    assert scored["source_weight"] == pytest.approx((0.6065306597 + 2) / 3)
     assert Manifest.read(tmp_path / "prepared").fingerprint == before  # a clip tokenises nothing again

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from ochat.data.store import (
+    BATCH_ROWS,
     FORMAT_VERSION,
     MANIFEST_NAME,
     SCHEMA,
@@ -83,6 +84,23 @@ def test_several_items_lie_end_to_end_in_the_order_asked_for(split: Path) -> Non
     assert ids.tolist() == ITEMS[2]["input_ids"] + ITEMS[0]["input_ids"]
     assert weights.tolist() == ITEMS[2]["token_weights"] + ITEMS[0]["token_weights"]
     assert [len(array) for array in opened.tokens([])] == [0, 0]
+
+
+def test_small_batches_are_joined_and_large_ones_are_not(tmp_path: Path) -> None:
+    small = [batch({**ITEMS[0], "line": line}) for line in range(100)]
+    large = [batch(*({**ITEMS[1], "line": line} for line in range(BATCH_ROWS)))] * 2
+    write_split(iter(small), tmp_path / "small")
+    write_split(iter(large), tmp_path / "large")
+    sizes = {}
+    for name in ("small", "large"):
+        (file,) = (tmp_path / name).glob("*.arrow")
+        sizes[name] = [b.num_rows for b in pa.ipc.open_stream(pa.memory_map(str(file)))]
+    assert sizes == {"small": [100], "large": [BATCH_ROWS] * 2}
+    assert PreparedSplit(tmp_path / "small").column("line").tolist() == list(range(100))
+
+
+def test_only_the_folder_is_left(split: Path) -> None:
+    assert list(split.parent.iterdir()) == [split]
 
 
 def test_what_a_caller_writes_reaches_no_other(split: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ochat.data.conversation import Conversation, Message
@@ -208,6 +208,37 @@ def test_an_added_run_of_white_space_is_text(tmp_path: Path) -> None:
     plain.save_pretrained(str(tmp_path))
     _, ours = load(tmp_path, "openchat-3.6")
     assert len(plain) - 1 in ours.tokenize([chat("a" + " " * 8 + "b")])[0].input_ids
+
+
+def ids_of_the_library(tokenizer: PreTrainedTokenizerFast, content: str) -> list[int]:
+    library = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    library.encode_special_tokens = True
+    ids: list[int] = library.encode(content, add_special_tokens=False).ids
+    return ids
+
+
+def ids_of_content(ours: ChatTokenizer, content: str) -> list[int]:
+    (item,), (empty,) = ours.tokenize([chat(content)]), ours.tokenize([chat("")])
+    return item.input_ids[len(empty.input_ids) - 1 : -1].tolist()
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=st.text(st.sampled_from(" \u2581aé\n") | st.characters(exclude_categories=["Cs"])))
+@example(content="")
+@pytest.mark.parametrize(("folder", "name"), PAIRS)
+def test_contents_have_the_ids_the_library_gives_them(folder: str, name: str, content: str) -> None:
+    tokenizer, ours = load(FIXTURES / folder, name)
+    assert ids_of_content(ours, content) == ids_of_the_library(tokenizer, content)
+
+
+def test_an_added_run_of_white_space_divides_what_sentencepiece_writes_a_space_before(tmp_path: Path) -> None:
+    plain = PreTrainedTokenizerFast.from_pretrained(str(FIXTURES / "mini-mistral"))
+    plain.add_tokens([AddedToken(" " * 8, special=False, normalized=False)])
+    plain.save_pretrained(str(tmp_path))
+    tokenizer, ours = load(tmp_path, "openchat-3.5")
+    content = "a" + " " * 8 + "b"
+    assert ids_of_content(ours, content) == ids_of_the_library(tokenizer, content)
+    assert len(plain) - 1 in ids_of_content(ours, content)
 
 
 def test_truncation_and_padding_saved_with_a_tokenizer_are_ignored(tmp_path: Path) -> None:
