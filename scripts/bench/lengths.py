@@ -11,9 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from scripts.bench.peers import ROOT
+from scripts.bench.peers import SHARED
 
-SHARED = ROOT.parent / "shared"
 FULL_STEPS = 20  # the fewest that a figure is taken from
 MISTRAL_TOKENS = 0  # the column of a lengths file
 

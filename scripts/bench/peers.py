@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
 PEERS = ROOT / ".cache" / "peers"
 
 # The original, with the library versions at which its neutralising of special tokens works.

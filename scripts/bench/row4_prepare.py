@@ -23,8 +23,7 @@ from ochat.data.items import build_items, settle
 from ochat.data.records import Record
 from ochat.data.template import get_template
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer
-from scripts.bench.lengths import SHARED
-from scripts.bench.peers import ROOT, openchat_peer
+from scripts.bench.peers import ROOT, SHARED, openchat_peer
 from scripts.bench.side_process import SideProcess
 
 CHATS = SHARED / "data/mixed_quality/alpacaeval_strong.jsonl.gz"
