@@ -38,11 +38,10 @@ def interleaved(
     others of theirs.
     """
     order = rng.permutation(len(source_ids))
-    ids = source_ids[order]
-    if (ids == ids[0]).all():
+    if (source_ids == source_ids[0]).all():
         return order
-    by_source = np.argsort(ids, kind="stable")
-    order, ids = order[by_source], ids[by_source]
+    order = order[np.argsort(source_ids[order], kind="stable")]
+    ids = source_ids[order]
     tokens = np.maximum(supervised[order], 1).astype(np.float64)  # one without any takes its place all the same
     so_far = np.cumsum(tokens)
     starts = np.flatnonzero(np.diff(ids, prepend=-1))

@@ -2,8 +2,8 @@
 
 Items are taken oldest first, a group of whole steps at a time:
 
-    core   the oldest items, a little less than the group's rows can hold, longest first, each to the row that has
-           worked least so far (the last of them: to the emptiest row), so that the rows of a step cost alike
+    core   the oldest items, a little less than the group's rows can hold: the long ones, longest first, each to the row
+           that costs least so far, the short ones, shortest first, each to the emptiest row
     gaps   what is left of a row is closed exactly by one or two items from further down the stream
     steps  the group's rows are dealt to its steps so that every step holds the same mix of sources
 
@@ -20,24 +20,26 @@ from numba import njit
 from numpy.typing import NDArray
 
 GROUP_ITEMS = 512  # fewer in a group, and few combinations close a gap or even out the steps
-BY_COST = 0.8  # of a core's tokens are placed by cost, the rest by room
+LONG_SHARE = 0.8  # of a core's tokens is placed by cost, the rest by room
 LOOK_AHEAD = (1, 4, 16)  # groups; the next only if nothing in the last one fits
 TRIES = 50  # items that are asked whether they leave a gap that another closes
 SLACK_PARTS = 2048  # a gap of 1/2048 of a row counts as closed
 SORT_BINS = 1024
 STEER = 1.2  # by which the room for gaps changes from group to group
 MEMORY = 0.8  # of the last group's bias in this one's
+COST_UNIT = 16  # costs are counted in 1/16 tokens: whole numbers are the same everywhere, and quick to compare
+ROW_BITS = 20  # of a heap's entry; the rest is its key
 
 
 class Stream(NamedTuple):
     """Items in the order they are to be trained. `first` is by source and length, S x (longest + 1)."""
 
-    length: NDArray[np.int32]
-    extra_cost: NDArray[np.float32]  # what it costs beyond its tokens
-    source: NDArray[np.int32]
-    supervised: NDArray[np.float32]  # tokens
-    taken: NDArray[np.bool_]
-    later: NDArray[np.int32]  # the next item of the same source and length
+    length: NDArray[np.int32]  # [N], tokens
+    extra_cost: NDArray[np.int32]  # [N], beyond its tokens
+    source: NDArray[np.int32]  # [N]
+    supervised: NDArray[np.int32]  # [N], tokens
+    taken: NDArray[np.bool_]  # [N]
+    later: NDArray[np.int32]  # [N], the next item of the same source and length
     first: NDArray[np.int32]  # the oldest item of a source and length that may still be there
 
 
@@ -47,15 +49,15 @@ class Rows(NamedTuple):
     last: NDArray[np.int32]  # [M]
     before: NDArray[np.int32]  # [N]
     room: NDArray[np.int64]  # [M], tokens
-    extra_cost: NDArray[np.float64]  # [M]
-    mix: NDArray[np.float64]  # [M, S], supervised tokens
-    trained: NDArray[np.float64]  # [S], supervised tokens of all rows so far
+    extra_cost: NDArray[np.int64]  # [M]
+    mix: NDArray[np.int64]  # [M, S], supervised tokens
+    trained: NDArray[np.int64]  # [S], supervised tokens of all rows so far
 
 
 class Gaps(NamedTuple):
-    """core_end: where the look-ahead begins; slack: tokens that may stay free in a closed row."""
+    """What a gap may be and where to look for what closes it; ahead: where the items after the core begin."""
 
-    core_end: int
+    ahead: int
     group_items: int
     shortest: int
     slack: int
@@ -63,45 +65,45 @@ class Gaps(NamedTuple):
 
 @njit(cache=True)
 def pack(
-    length: NDArray[np.int32],
-    extra_cost: NDArray[np.float32],
-    source: NDArray[np.int32],
-    supervised: NDArray[np.float32],
+    order: NDArray[np.int64],
+    length: NDArray[np.integer],
+    cost: NDArray[np.floating],
+    source: NDArray[np.integer],
+    supervised: NDArray[np.integer],
     num_sources: int,
     row_tokens: int,
     rows_per_step: int,
     seed: int,
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """The positions [N] row by row, and where each row ends [number of rows].
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The items [N] row by row, and where each row ends [number of rows].
 
-    length      of each item [N] of the stream, at most row_tokens
-    extra_cost  beyond its tokens, in tokens [N]
-    source      [N], below num_sources
-    supervised  tokens [N]
+    order       the stream, as items
+    length      tokens of each item [N], 1 to row_tokens
+    cost        of each item [N], in tokens
+    source      of each item [N], below num_sources
+    supervised  tokens of each item [N]
     """
-    N = len(length)
-    mean, shortest, longest = length.sum() / N, length.min(), length.max()
-    stream = _shelve(length, extra_cost, source, supervised, num_sources, longest)
-    share = np.zeros(num_sources)
-    for i in range(N):
-        share[source[i]] += supervised[i]
-    share /= max(share.sum(), 1.0)
+    N = len(order)
+    stream, shortest, left = _make_stream(order, length, cost, source, supervised, num_sources)
+    mean, longest = left / N, len(stream.first) // num_sources - 1
     steps_per_group = max(1, int(np.ceil(GROUP_ITEMS * mean / (row_tokens * rows_per_step))))
     M = steps_per_group * rows_per_step
     rows = Rows(
         np.empty(M, np.int32),
         np.empty(N, np.int32),
         np.empty(M, np.int64),
-        np.empty(M),
-        np.empty((M, num_sources)),
-        np.zeros(num_sources),
+        np.empty(M, np.int64),
+        np.zeros((M, num_sources), np.int64),
+        np.zeros(num_sources, np.int64),
     )
-    heap, key = np.empty(M, np.int64), np.empty(M)
-    state = np.array([seed], np.uint64)
-    packed, row_ends = np.empty(N, np.int32), np.empty(N, np.int64)
-    num_packed, num_rows = 0, 0
+    share = np.zeros(num_sources)
+    for i in range(N):
+        share[stream.source[i]] += stream.supervised[i]
+    share /= max(share.sum(), 1.0)
+    heap, state = np.empty(M, np.int64), np.array([seed], np.uint64)
+    packed, row_ends = np.empty(N, np.int64), np.empty(N, np.int64)
+    num_packed, num_rows, oldest = 0, 0, 0
     room_for_gaps, bias = 2.0 * mean, 0.0
-    oldest, left = 0, length.sum()
     while left > 0:
         while stream.taken[oldest]:
             oldest += 1
@@ -110,23 +112,23 @@ def pack(
         _clear(rows, m, row_tokens)
         budget = m * row_tokens if left < row_tokens else m * (row_tokens - int(room_for_gaps))
         core, core_end = _oldest_items(stream, oldest, budget, m * row_tokens, longest)
-        _place_core(stream, rows, core, m, heap, key)
+        _place_core(stream, rows, core, m, heap)
         gaps = Gaps(core_end, max(core_end - oldest, 64), shortest, row_tokens // SLACK_PARTS)
-        _close_gaps(stream, rows, m, oldest, share, gaps)
-        order = np.arange(m)
-        _shuffle(order, state)
+        _close_gaps(stream, rows, m, core, share, gaps)
+        row_order = np.arange(m)
+        _shuffle(row_order, state)
         if num_sources > 1 and m > rows_per_step and num_rows % rows_per_step == 0:
-            order = _even_steps(rows, order, rows_per_step)
+            row_order = _even_steps(rows, row_order, rows_per_step)
             for start in range(0, m, rows_per_step):
-                _shuffle(order[start : start + rows_per_step], state)
+                _shuffle(row_order[start : start + rows_per_step], state)
         group_start, early = num_packed, 0.0
-        for row in order:
+        for row in row_order:
             item = rows.last[row]
             if item < 0:
                 continue
             while item >= 0:
-                early += (length[item] - mean) * (group_start - item)
-                packed[num_packed] = item
+                early += (stream.length[item] - mean) * (group_start - item)
+                packed[num_packed] = order[item]
                 num_packed += 1
                 item = rows.before[item]
             left -= row_tokens - rows.room[row]
@@ -139,14 +141,42 @@ def pack(
 
 
 @njit(cache=True)
-def _shelve(length: Any, extra_cost: Any, source: Any, supervised: Any, num_sources: int, longest: int) -> Stream:
-    N, width = len(length), longest + 1
-    later, first = np.empty(N, np.int32), np.full(num_sources * width, -1, np.int32)
+def _make_stream(
+    order: Any, length: Any, cost: Any, source: Any, supervised: Any, num_sources: int
+) -> tuple[Stream, int, int]:
+    """The stream, its shortest length, and the sum of its lengths."""
+    N, shortest, longest, cheapest = len(order), length[0], 0, np.inf
+    for item in range(N):
+        shortest, longest = min(shortest, length[item]), max(longest, length[item])
+        cheapest = min(cheapest, cost[item] / length[item])
+    # Two numbers in one: fetching them in the stream's order, all over memory, is what takes the time.
+    both = np.empty(N, np.int64)
+    for item in range(N):
+        extra = np.int64(COST_UNIT * (cost[item] - cheapest * length[item]))
+        both[item] = extra << 32 | np.int64(length[item])
+    width = longest + 1
+    stream = Stream(
+        np.empty(N, np.int32),
+        np.empty(N, np.int32),
+        np.zeros(N, np.int32),
+        np.zeros(N, np.int32),
+        np.zeros(N, np.bool_),
+        np.empty(N, np.int32),
+        np.full(num_sources * width, -1, np.int32),
+    )
+    total = 0
     for i in range(N - 1, -1, -1):
-        shelf = source[i] * width + length[i]
-        later[i] = first[shelf]
-        first[shelf] = i
-    return Stream(length, extra_cost, source, supervised, np.zeros(N, np.bool_), later, first)
+        item = order[i]
+        size = both[item] & 0xFFFFFFFF
+        stream.length[i], stream.extra_cost[i] = size, both[item] >> 32
+        total += size
+        shelf = size
+        if num_sources > 1:
+            stream.source[i], stream.supervised[i] = source[item], supervised[item]
+            shelf += source[item] * width
+        stream.later[i] = stream.first[shelf]
+        stream.first[shelf] = i
+    return stream, shortest, total
 
 
 @njit(cache=True)
@@ -164,19 +194,20 @@ def _place(stream: Stream, rows: Rows, row: int, item: int) -> None:
     rows.last[row] = item
     rows.room[row] -= stream.length[item]
     rows.extra_cost[row] += stream.extra_cost[item]
-    rows.mix[row, stream.source[item]] += stream.supervised[item]
-    rows.trained[stream.source[item]] += stream.supervised[item]
+    if len(rows.trained) > 1:
+        rows.mix[row, stream.source[item]] += stream.supervised[item]
+        rows.trained[stream.source[item]] += stream.supervised[item]
 
 
 @njit(cache=True)
 def _oldest_items(stream: Stream, oldest: int, budget: int, most: int, longest: int) -> tuple[NDArray[np.int32], int]:
     """The oldest items up to `budget` tokens, longest first (to 1/1024 of the longest), and where they end."""
     N, total, end, k = len(stream.length), 0, oldest, 0
-    bins = np.zeros(SORT_BINS + 1, np.int64)
+    bins, scale = np.zeros(SORT_BINS + 1, np.int64), (SORT_BINS - 1) / longest
     while end < N and total < budget:
         if not stream.taken[end] and total + stream.length[end] <= most:
             total += stream.length[end]
-            bins[SORT_BINS - (stream.length[end] * (SORT_BINS - 1)) // longest] += 1
+            bins[SORT_BINS - int(stream.length[end] * scale)] += 1
             k += 1
         end += 1
     for b in range(SORT_BINS):
@@ -185,98 +216,124 @@ def _oldest_items(stream: Stream, oldest: int, budget: int, most: int, longest: 
     for i in range(oldest, end):
         if not stream.taken[i] and total + stream.length[i] <= most:
             total += stream.length[i]
-            b = SORT_BINS - 1 - (stream.length[i] * (SORT_BINS - 1)) // longest
+            b = SORT_BINS - 1 - int(stream.length[i] * scale)
             ordered[bins[b]] = i
             bins[b] += 1
     return ordered, end
 
 
 @njit(cache=True)
-def _place_core(stream: Stream, rows: Rows, core: Any, m: int, heap: Any, key: Any) -> None:
+def _place_core(stream: Stream, rows: Rows, core: Any, m: int, heap: Any) -> None:
     """The long items, longest first, each to the row with the least extra cost; the short ones, shortest first, each
     to the row with the most room: rows that hold a costly item get the cheapest. What fits nowhere stays for later.
     """
-    total, placed, num_long = 0, 0, 0
+    total, seen, num_long = 0, 0, 0
     for item in core:
         total += stream.length[item]
-    for row in range(m):
-        heap[row], key[row] = row, 0.0
-    while num_long < len(core) and placed < BY_COST * total:
+    heap[:m] = np.arange(m)  # no cost yet
+    full = np.int64(1) << 40
+    while num_long < len(core) and seen < LONG_SHARE * total:
         item = core[num_long]
         size = stream.length[item]
-        while rows.room[heap[0]] < size and key[heap[0]] < np.inf:
-            key[heap[0]] = np.inf
-            _sink(heap, key, 0, m)
-        row = heap[0]
+        while rows.room[_row(heap[0])] < size and heap[0] >> ROW_BITS < full:
+            _replace(heap, m, full, _row(heap[0]))
+        row = _row(heap[0])
         if rows.room[row] >= size:
             _place(stream, rows, row, item)
-            key[row] = rows.extra_cost[row]
-            _sink(heap, key, 0, m)
-        placed += size
+            _replace(heap, m, rows.extra_cost[row], row)
+        seen += size
         num_long += 1
     for row in range(m):
-        key[row] = -rows.room[row]
-    for top in range(m // 2, -1, -1):
-        _sink(heap, key, top, m)
+        heap[row] = (full - rows.room[row] << ROW_BITS) + row
+    heap[:m].sort()
     for k in range(len(core) - 1, num_long - 1, -1):
-        row = heap[0]
+        row = _row(heap[0])
         if rows.room[row] < stream.length[core[k]]:
             break
         _place(stream, rows, row, core[k])
-        key[row] = -rows.room[row]
-        _sink(heap, key, 0, m)
+        _replace(heap, m, full - rows.room[row], row)
 
 
 @njit(cache=True)
-def _sink(heap: Any, key: Any, top: int, size: int) -> None:
-    """Restore a heap of rows, the lowest key first, below a row whose key has grown."""
-    row = heap[top]
-    while 2 * top + 1 < size:
+def _row(entry: int) -> int:
+    return entry & ((1 << ROW_BITS) - 1)
+
+
+@njit(cache=True)
+def _replace(heap: Any, size: int, key: int, row: int) -> None:
+    """Put another entry in the place of a heap's least."""
+    entry, top = (np.int64(key) << ROW_BITS) + row, 0
+    while 2 * top + 2 < size:
         child = 2 * top + 1
-        if child + 1 < size and key[heap[child + 1]] < key[heap[child]]:
-            child += 1
-        if key[heap[child]] >= key[row]:
-            break
+        child += heap[child + 1] < heap[child]
+        if heap[child] >= entry:
+            heap[top] = entry
+            return
         heap[top] = heap[child]
         top = child
-    heap[top] = row
+    if 2 * top + 1 < size and heap[2 * top + 1] < entry:
+        heap[top] = heap[2 * top + 1]
+        top = 2 * top + 1
+    heap[top] = entry
 
 
 @njit(cache=True)
-def _close_gaps(stream: Stream, rows: Rows, m: int, oldest: int, share: Any, gaps: Gaps) -> None:
-    by_need = np.arange(len(share))
+def _close_gaps(stream: Stream, rows: Rows, m: int, core: Any, share: Any, gaps: Gaps) -> None:
+    by_need, start = np.arange(len(share)), 0
+    waiting = _waiting(stream, core, gaps.ahead, 2 * m + TRIES)
     for row in range(m):
         while rows.room[row] > gaps.slack and rows.room[row] >= gaps.shortest:
-            while oldest < len(stream.taken) and stream.taken[oldest]:
-                oldest += 1
+            while start < len(waiting) and stream.taken[waiting[start]]:
+                start += 1
+            if start > m and len(waiting) - start < TRIES:
+                waiting, start = _waiting(stream, core, gaps.ahead, 2 * m + TRIES), 0
             if len(share) > 1:
                 by_need = np.argsort(rows.trained - share * rows.trained.sum())
-            if not _close_gap(stream, rows, row, oldest, by_need, gaps):
+            if not _close_gap(stream, rows, row, waiting[start:], by_need, gaps):
                 break
 
 
 @njit(cache=True)
-def _close_gap(stream: Stream, rows: Rows, row: int, oldest: int, by_need: Any, gaps: Gaps) -> bool:
-    """Place one or two items that fill the row, or the oldest that fits; False if none does."""
+def _waiting(stream: Stream, core: Any, ahead: int, num_ahead: int) -> NDArray[np.int32]:
+    """The oldest items that have no row yet: those of the core, and some that come after it."""
+    waiting, k = np.empty(len(core) + num_ahead, np.int32), 0
+    for item in core:
+        if not stream.taken[item]:
+            waiting[k] = item
+            k += 1
+    stop = k + num_ahead
+    while ahead < len(stream.taken) and k < stop:
+        if not stream.taken[ahead]:
+            waiting[k] = ahead
+            k += 1
+        ahead += 1
+    return waiting[:k]
+
+
+@njit(cache=True)
+def _close_gap(stream: Stream, rows: Rows, row: int, waiting: Any, by_need: Any, gaps: Gaps) -> bool:
+    """Place one or two items that fill the row, or the first waiting one that fits; False if none does."""
     gap, fits = rows.room[row], -1
     for groups in LOOK_AHEAD:
-        end = min(len(stream.taken), gaps.core_end + groups * gaps.group_items)
+        end = gaps.ahead + groups * gaps.group_items
         item = _match(stream, gap, end, -1, by_need, gaps)
         if item >= 0:
             _place(stream, rows, row, item)
             return True
-        i, tries = oldest, 0
-        while i < end and tries < TRIES:
-            if not stream.taken[i] and stream.length[i] <= gap:
-                if fits < 0:
-                    fits = i
-                tries += 1
-                item = _match(stream, gap - stream.length[i], end, i, by_need, gaps)
-                if item >= 0:
-                    _place(stream, rows, row, i)
-                    _place(stream, rows, row, item)
-                    return True
-            i += 1
+        tries = 0
+        for one in waiting:
+            if stream.taken[one] or stream.length[one] > gap:
+                continue
+            if fits < 0:
+                fits = one
+            other = _match(stream, gap - stream.length[one], end, one, by_need, gaps)
+            if other >= 0:
+                _place(stream, rows, row, one)
+                _place(stream, rows, row, other)
+                return True
+            tries += 1
+            if tries == TRIES:
+                break
     if fits >= 0:
         _place(stream, rows, row, fits)
     return fits >= 0
@@ -284,16 +341,16 @@ def _close_gap(stream: Stream, rows: Rows, row: int, oldest: int, by_need: Any, 
 
 @njit(cache=True)
 def _match(stream: Stream, gap: int, end: int, but: int, by_need: Any, gaps: Gaps) -> int:
-    """The oldest item that closes a gap, of the source that is needed most; -1 for none."""
+    """The oldest item before `end` that closes a gap, of the source that is needed most; -1 for none."""
     width = len(stream.first) // len(by_need)
     for source in by_need:
         for length in range(min(gap, width - 1), max(gap - gaps.slack, gaps.shortest) - 1, -1):
             shelf = source * width + length
             item = stream.first[shelf]
-            while item >= 0 and stream.taken[item]:
+            while 0 <= item < end and stream.taken[item]:
                 item = stream.later[item]
             stream.first[shelf] = item
-            while item >= 0 and (item == but or stream.taken[item]):
+            while 0 <= item < end and (item == but or stream.taken[item]):
                 item = stream.later[item]
             if 0 <= item < end:
                 return item

@@ -107,14 +107,13 @@ def plan(
             f"Raise batch.micro_batch_tokens, or lower model.max_length and prepare again."
         )
     rng = np.random.default_rng([seed, epoch])
-    shares = sizes if supervised is None else np.asarray(supervised)
-    order = interleaved(sources, shares, rng)
-    sizes_, costs_ = sizes[order].astype(np.int32), np.asarray(costs)[order]
-    positions, ends = pack(
-        sizes_,
-        (costs_ - sizes_ * (costs_ / sizes_).min()).astype(np.float32),
-        sources[order].astype(np.int32),
-        shares[order].astype(np.float32),
+    mixed_by = sizes if supervised is None else np.asarray(supervised)
+    items, ends = pack(
+        interleaved(sources, mixed_by, rng),
+        sizes,
+        np.asarray(costs, dtype=np.float64),
+        sources,
+        mixed_by,
         int(sources.max()) + 1,
         row_tokens,
         rows_per_step,
@@ -123,7 +122,7 @@ def plan(
     num_rows = len(ends)
     empty = -num_rows % rows_per_step
     return PackingPlan(
-        rows=Rows(order[positions], np.concatenate([ends, np.full(empty, len(order))])),
+        rows=Rows(items, np.concatenate([ends, np.full(empty, len(items))])),
         rows_per_step=rows_per_step,
         row_tokens=row_tokens,
         num_rows=num_rows,
