@@ -22,6 +22,7 @@ from ochat.data.tokenize import ChatTokenizer, load_tokenizer
 from ochat.embeddings import RowStudy, study_rows, write_rows
 from ochat.errors import CheckpointError, first_line
 from ochat.folders import replace_folder
+from ochat.hub_names import located
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -77,8 +78,9 @@ def add_tokens(base: str, *, template: str, to: str | Path) -> AddedTokens:
 
 
 def _base_folder(base: str) -> Path:
-    if Path(base).is_dir():
-        return Path(base)
+    source = located(base)
+    if Path(source).is_dir():
+        return Path(source)
     from huggingface_hub import snapshot_download
 
     try:

@@ -105,6 +105,11 @@ def local_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def device_memory_gib(device: torch.device) -> float:
+    """All of a GPU's memory."""
+    return torch.cuda.get_device_properties(device).total_memory / 2**30
+
+
 def _select_attention(cuda: bool, dtype: torch.dtype) -> tuple[Attention, str]:
     if not cuda:
         return "document_sdpa", "attention per document: no GPU kernel on a CPU"

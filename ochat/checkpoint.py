@@ -69,22 +69,24 @@ def make_card(config: Config, manifest: Manifest, *, best_source: int, step: int
     total: Counter[str] = Counter()
     for counts in manifest.counts.values():
         total.update(counts["conditions"])
-    template = get_template(config.model.template)
-    default = template.default_condition
-    in_best = manifest.counts[config.data.sources[best_source].name]["conditions"]
-    if default not in in_best:  # not what the expert was trained as
-        default = max(in_best, key=lambda condition: in_best[condition], default="")
     return CheckpointCard(
         format_version=CARD_VERSION,
         base_model=config.model.name_or_path,
-        template=template.name,
+        template=get_template(config.model.template).name,
         conditions=tuple(condition for condition, _ in total.most_common()),
-        default_condition=default,
+        default_condition=default_condition(config, manifest, best_source),
         max_length=config.model.max_length,
         step=step,
         dataset_fingerprint=manifest.fingerprint,
         config=config.model_dump(mode="json"),
     )
+
+
+def default_condition(config: Config, manifest: Manifest, best_source: int) -> str:
+    """The template's own default if the best source was trained as that, else what that source mostly was."""
+    default = get_template(config.model.template).default_condition
+    in_best = manifest.counts[config.data.sources[best_source].name]["conditions"]
+    return default if default in in_best else max(in_best, key=lambda condition: in_best[condition], default="")
 
 
 def export_model(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ochat import __version__
 from ochat.errors import OchatError
 from ochat.log import setup_logging
 
@@ -15,6 +16,21 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML experiment")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.path=value]...", help="override values")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ochat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it and exit")
+    ] = False,
+) -> None:
+    """What is said before a command."""
 
 
 @app.command()
@@ -75,17 +91,19 @@ def doctor(
     config: ConfigPath,
     overrides: Overrides = None,
     num_gpus: Annotated[int | None, typer.Option(min=1, help="plan for so many; default: one process here")] = None,
-    gpu_memory_gib: Annotated[float, typer.Option(min=1, help="memory of each")] = 80.0,
+    gpu_memory_gib: Annotated[float | None, typer.Option(min=1, help="of each; default: as here, else 80")] = None,
 ) -> None:
     """Dry run without a GPU: what would go wrong, and the fix. Exit code 1 if anything would."""
     from ochat.config import load_config
     from ochat.doctor import examine, print_findings
 
-    loaded, command = load_config(config, overrides or ()), shlex.join(["ochat", "prepare", config, *(overrides or ())])
-    findings = examine(loaded, num_gpus=num_gpus, gpu_memory_gib=gpu_memory_gib, prepare_command=command)
+    loaded, arguments = load_config(config, overrides or ()), shlex.join([config, *(overrides or ())])
+    prepare = f"ochat prepare {arguments}"
+    findings = examine(loaded, num_gpus=num_gpus, gpu_memory_gib=gpu_memory_gib, prepare_command=prepare)
     if not print_findings(findings):
         raise typer.Exit(1)
-    print(f"\nnext: {command}")
+    prepared = any(finding.name == "prepared dataset" and finding.status == "ok" for finding in findings)
+    print(f"\nnext: deepspeed --module ochat.training.train --config {arguments}" if prepared else f"\nnext: {prepare}")
 
 
 @app.command()
@@ -122,9 +140,11 @@ def main() -> None:
     setup_logging()
     try:
         app()
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from the last checkpoint, if there is one\n")
-        sys.exit(130)
+    except SystemExit as exc:
+        if exc.code == 130:  # what typer makes of Ctrl-C, without a word
+            more = "; the same command goes on from the last checkpoint, if there is one" if "train" in sys.argv else ""
+            sys.stderr.write(f"interrupted{more}\n")
+        raise
     except (OchatError, OSError) as exc:
         sys.stderr.write(f"error: {exc}\n")
         sys.exit(2)

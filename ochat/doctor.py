@@ -6,11 +6,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ochat import doctor_room, doctor_run, doctor_text
+from ochat import doctor_data, doctor_room, doctor_run, doctor_text
 from ochat.config import Config
 from ochat.doctor_facts import Facts, Finding, gather
 
-COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
 CHECKS: tuple[Callable[[Facts], Finding | Iterator[Finding]], ...] = (
     doctor_run.check_backend,
     doctor_text.check_tokenizer,
@@ -20,9 +20,9 @@ CHECKS: tuple[Callable[[Facts], Finding | Iterator[Finding]], ...] = (
     doctor_text.check_injection,
     doctor_text.check_end_of_turn,
     doctor_text.check_conditions,
-    doctor_text.check_sources,
-    doctor_text.check_prepared_dataset,
-    doctor_text.check_gradient_shares,
+    doctor_data.check_sources,
+    doctor_data.check_prepared_dataset,
+    doctor_data.check_gradient_shares,
     doctor_run.check_rows,
     doctor_run.check_schedule,
     doctor_room.check_memory,
@@ -37,10 +37,14 @@ def examine(
     config: Config,
     *,
     num_gpus: int | None = None,
-    gpu_memory_gib: float = 80.0,
+    gpu_memory_gib: float | None = None,
     prepare_command: str = "ochat prepare CONFIG",
 ) -> list[Finding]:
-    """All findings, in the order of CHECKS. num_gpus None: one process on this machine."""
+    """All findings, in the order of CHECKS.
+
+    num_gpus         None: one process on this machine
+    gpu_memory_gib   None: as the GPU here has it, else 80
+    """
     facts = gather(config, num_gpus=num_gpus, gpu_memory_gib=gpu_memory_gib, prepare_command=prepare_command)
     findings = [
         Finding(
@@ -64,5 +68,8 @@ def print_findings(findings: Sequence[Finding]) -> bool:
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     console.print(table)
     numbers = {status: sum(finding.status == status for finding in findings) for status in COLOURS}
-    console.print(f"\n{numbers['ok']} ok, {numbers['warn']} to look at, {numbers['fail']} that would go wrong")
+    unchecked = f", {numbers['skip']} not checked" if numbers["skip"] else ""
+    console.print(
+        f"\n{numbers['ok']} ok, {numbers['warn']} to look at, {numbers['fail']} that would go wrong{unchecked}"
+    )
     return numbers["fail"] == 0

@@ -3,40 +3,39 @@
 Nothing here needs a GPU or loads weights: the model is built on torch's meta device, where parameters have shapes only.
 """
 
-import socket
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import pyarrow as pa
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.constants import ENDPOINT as HUB
-from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ochat.backend import Backend, local_device, select_backend
+from ochat.backend import Backend, device_memory_gib, local_device, select_backend
 from ochat.config import Config, SourceConfig
 from ochat.data.counts import Counts
+from ochat.data.hub import is_hub
 from ochat.data.items import build_items, settle
 from ochat.data.prepare import check_prepared
-from ochat.data.records import read_records
+from ochat.data.records import check_chat_file, source_records
 from ochat.data.store import Manifest
 from ochat.data.template import Template, get_template
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer
-from ochat.errors import BackendError, CheckpointError, ConfigError, DataError, OchatError
+from ochat.errors import BackendError, CheckpointError, DataError, OchatError
 from ochat.model import load_model
 from ochat.training.setup import Setup, set_up
 
 T = TypeVar("T")
 U = TypeVar("U")
+GPU_MEMORY_GIB = 80.0
 SAMPLE_CONVERSATIONS = 200
-COUNTED_BYTES = 64 << 20  # of a chat file; beyond, the number of conversations is extrapolated
+# Beyond these the doctor stops counting: a file's bytes tell how many follow, a hub's dataset tells nothing.
+COUNTED_BYTES = 64 << 20
+COUNTED_ROWS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,20 +43,21 @@ class Finding:
     """found: what is there, with numbers and units. fix: what to do, empty when there is nothing to do."""
 
     name: str
-    status: Literal["ok", "warn", "fail"]
+    status: Literal["ok", "warn", "fail", "skip"]
     found: str
     fix: str = ""
 
 
 def unchecked(name: str, missing: str) -> Finding:
     """What is missing has a finding and a fix of its own."""
-    return Finding(name=name, status="warn", found=f"not checked: needs {missing}")
+    return Finding(name=name, status="skip", found=f"not checked: needs {missing}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Where the run is meant to go.
 
+    gpu_memory_gib   of each GPU: as the user says, else as the GPU here has it, else GPU_MEMORY_GIB
     on_gpu           whether memory is that of GPUs; otherwise processes share this host's
     elsewhere        planned for GPUs on a machine without any, so host memory and disk may differ there
     prepare_command  what the user types to prepare
@@ -74,12 +74,12 @@ class Plan:
 class Sample:
     """The first conversations of a source as they would be prepared.
 
-    num_conversations  in the whole file; extrapolated when `exact` is False
+    num_conversations  in the whole source; extrapolated when `exact` is False; None where only reading would tell
     """
 
     batch: pa.RecordBatch
     counts: Counts
-    num_conversations: int
+    num_conversations: int | None
     exact: bool
 
 
@@ -101,18 +101,20 @@ class Facts:
     samples: Mapping[str, Sample | OchatError]
 
 
-def gather(config: Config, *, num_gpus: int | None, gpu_memory_gib: float, prepare_command: str) -> Facts:
-    """Look at everything once. num_gpus None plans for one process on this machine."""
+def gather(
+    config: Config, *, num_gpus: int | None, gpu_memory_gib: float | None = None, prepare_command: str = ""
+) -> Facts:
+    """Look at everything once. num_gpus None plans for one process on this machine; gpu_memory_gib None: see Plan."""
     gpu_here = local_device().type == "cuda"
     plan = Plan(
         num_processes=num_gpus or 1,
-        gpu_memory_gib=gpu_memory_gib,
+        gpu_memory_gib=gpu_memory_gib or (device_memory_gib(local_device()) if gpu_here else GPU_MEMORY_GIB),
         on_gpu=gpu_here or num_gpus is not None,
         elsewhere=num_gpus is not None and not gpu_here,
         prepare_command=prepare_command,
     )
     template = _attempt(lambda: get_template(config.model.template))
-    tokenizer = _then(template, lambda t: load_tokenizer(_within_reach(config.tokenizer_name_or_path), t))
+    tokenizer = _then(template, lambda t: load_tokenizer(config.tokenizer_name_or_path, t))
     chat_tokenizer = _then(template, lambda t: _then(tokenizer, lambda found: ChatTokenizer(found, t)))
     backend = _attempt(lambda: _planned_backend(config, plan))
     manifest = _then(template, lambda t: _then(tokenizer, lambda found: check_prepared(config, t, found)))
@@ -130,7 +132,7 @@ def gather(config: Config, *, num_gpus: int | None, gpu_memory_gib: float, prepa
         setup=setup,
         fresh=_fresh_setup(config, backend, prepare_command) if isinstance(setup, CheckpointError) else setup,
         samples={
-            source.name: _then(chat_tokenizer, lambda found, i=i, s=source: _sample(config, s, i, found))  # type: ignore[misc]
+            source.name: _attempt(partial(_sample, config, source, i, chat_tokenizer))
             for i, source in enumerate(config.data.sources)
         },
     )
@@ -151,24 +153,6 @@ def _then(found: T | OchatError, work: Callable[[T], U | OchatError]) -> U | Och
     return found if isinstance(found, OchatError) else _attempt(lambda: work(found))
 
 
-def _within_reach(name: str) -> str:
-    """The name, unless it is on the hub only and the hub is not to be found: transformers would try for minutes."""
-    if Path(name).is_dir() or getproxies():
-        return name
-    try:
-        cached = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
-        return name  # no name of the hub; the loader says so in its own words
-    if isinstance(cached, str):
-        return name
-    host = urlsplit(HUB).hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError as exc:
-        raise ConfigError(f"{name}: no such folder, not in the hub's cache, and {host} is out of reach.") from exc
-    return name
-
-
 def _planned_backend(config: Config, plan: Plan) -> Backend:
     """The backend of rank 0 where the run is meant to go; GPUs that are not here are taken to have bf16."""
     if config.engine.type == "torch" and plan.num_processes > 1:
@@ -183,7 +167,6 @@ def _planned_backend(config: Config, plan: Plan) -> Backend:
 
 def _model_shape(config: Config, tokenizer: PreTrainedTokenizerFast, backend: Backend) -> PreTrainedModel:
     """The model as training would build it, its vocabulary as long as the tokenizer, without any numbers in it."""
-    _within_reach(config.model.name_or_path)
     shape_only = config.model.model_copy(update={"init": "random", "gradient_checkpointing": False})
     with torch.device("meta"):
         return load_model(shape_only, tokenizer, backend, seed=0)
@@ -195,7 +178,9 @@ def _fresh_setup(config: Config, backend: Backend | OchatError, prepare_command:
         return _then(backend, lambda found: set_up(fresh, found, prepare_command))
 
 
-def _sample(config: Config, source: SourceConfig, source_id: int, tokenizer: ChatTokenizer) -> Sample:
+def _sample(
+    config: Config, source: SourceConfig, source_id: int, tokenizer: ChatTokenizer | OchatError
+) -> Sample | OchatError:
     """Parse and tokenise the first conversations, and count the others without parsing them."""
     bytes_read = bytes_before = 0
 
@@ -203,7 +188,11 @@ def _sample(config: Config, source: SourceConfig, source_id: int, tokenizer: Cha
         nonlocal bytes_read, bytes_before
         bytes_before, bytes_read = bytes_read, bytes_read + num_bytes
 
-    records = read_records(Path(source.path), advance)
+    if not is_hub(source):
+        check_chat_file(Path(source.path))
+    if isinstance(tokenizer, OchatError):
+        return tokenizer
+    records = source_records(source, advance)
     first = list(islice(records, SAMPLE_CONVERSATIONS))
     chunk = build_items(
         first, source, config.data, source_id=source_id, tokenizer=tokenizer, max_length=config.model.max_length
@@ -212,10 +201,13 @@ def _sample(config: Config, source: SourceConfig, source_id: int, tokenizer: Cha
         raise DataError(chunk.problems[0].message)
     batch, counts = settle(chunk, {}, drop_duplicates=config.data.duplicates == "drop")
     number = len(first)
+    size = 0 if is_hub(source) else Path(source.path).stat().st_size
     for _ in records:
-        if bytes_before > COUNTED_BYTES:
+        if is_hub(source) and number >= COUNTED_ROWS:
+            return Sample(batch=batch, counts=counts, num_conversations=None, exact=False)
+        if bytes_before > COUNTED_BYTES and bytes_read < size:
             # The row at hand is the first of a block; the `number` before it filled the bytes before.
-            total = round(number * Path(source.path).stat().st_size / bytes_before)
+            total = round(number * size / bytes_before)
             return Sample(batch=batch, counts=counts, num_conversations=total, exact=False)
         number += 1
     return Sample(batch=batch, counts=counts, num_conversations=number, exact=True)

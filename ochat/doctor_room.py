@@ -76,27 +76,30 @@ def run_shape(facts: Facts) -> RunShape:
 
 
 def _what_would_fit(config: Config, model: ModelShape, run: RunShape, room: float) -> Iterator[str]:
-    """Single changes after which the estimate is within `room`, the cheapest first."""
-    changes = [("model.gradient_checkpointing=true", replace(run, gradient_checkpointing=True))]
-    if run.deepspeed:
-        changes.append(("engine.zero_stage=2", replace(run, zero_stage=2)))
+    """Changes after which the estimate is within `room`: the mildest of each kind. All keep a step's tokens."""
+
+    def fits(changed: RunShape) -> bool:
+        return changed != run and estimate_memory(model, changed).total <= room
+
+    if fits(replace(run, gradient_checkpointing=True)):
+        yield "model.gradient_checkpointing=true"
+    if run.deepspeed and fits(replace(run, zero_stage=2)):
+        yield "engine.zero_stage=2"
+    step_tokens = config.batch.global_batch_tokens
+    halves = [run.row_tokens >> n for n in range(run.row_tokens.bit_length()) if not run.row_tokens % (1 << n)]
+    rows = [tokens for tokens in halves if tokens >= config.model.max_length]
+    if shorter := next((tokens for tokens in rows if fits(replace(run, row_tokens=tokens))), None):
+        yield f"batch.micro_batch_tokens={shorter}"
     both = replace(run, gradient_checkpointing=True, zero_stage=2)
-    tokens = run.row_tokens // 2
-    while tokens >= config.model.max_length:
-        changes.append((f"batch.micro_batch_tokens={tokens}", replace(run, row_tokens=tokens)))
-        tokens //= 2
-    if run.deepspeed:
-        for processes in (2**n for n in range(1, 8)):
-            if processes > run.num_processes:
-                changes.append(
-                    (f"{processes} GPUs with ZeRO-2 and checkpointing", replace(both, num_processes=processes))
-                )
-    kinds = set()
-    for text, changed in changes:
-        kind = text.split("=")[0].lstrip("0123456789 ")
-        if changed != run and kind not in kinds and estimate_memory(model, changed).total <= room:
-            kinds.add(kind)
-            yield text
+    more = (
+        (processes, tokens)
+        for processes in range(run.num_processes + 1, step_tokens // rows[-1] + 1)
+        for tokens in rows
+        if step_tokens // tokens % processes == 0  # else they could not share a step's rows
+        and fits(replace(both, num_processes=processes, row_tokens=tokens))
+    )
+    if run.deepspeed and (found := next(more, None)):
+        yield f"{found[0]} GPUs with ZeRO-2, checkpointing and batch.micro_batch_tokens={found[1]}"
 
 
 def _parts(estimate: MemoryEstimate) -> str:

@@ -1,6 +1,7 @@
 """The doctor's checks of the run: model, steps, learning rate, tracking, run folder. Facts in, findings out."""
 
 import importlib.util
+import json
 import math
 import netrc
 import os
@@ -10,13 +11,17 @@ from pathlib import Path
 
 from ochat.backend import Backend
 from ochat.config import Config
+from ochat.data.schedule import make_schedule
 from ochat.doctor_facts import Facts, Finding, Sample, unchecked
 from ochat.errors import CheckpointError, ConfigError, DataError, OchatError
+from ochat.hub_names import located
 from ochat.training.optim import auto_learning_rate
+from ochat.training.setup import how_to_go_on
 from ochat.training.state import CHECKPOINTS_NAME
 
 FEW_STEPS = 10
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +36,9 @@ class Steps:
 
 def check_backend(facts: Facts) -> Finding:
     name = "backend"
-    if isinstance(facts.backend, OchatError):
-        return Finding(name=name, status="fail", found=str(facts.backend), fix="Change the engine section.")
-    if isinstance(facts.here, OchatError):
-        return Finding(name=name, status="fail", found=str(facts.here), fix="Change the engine section.")
+    if isinstance(facts.backend, OchatError) or isinstance(facts.here, OchatError):
+        error = facts.backend if isinstance(facts.backend, OchatError) else facts.here
+        return Finding(name=name, status="fail", found=str(error), fix="Change the engine section as it says.")
     here = f"this machine: {_describe(facts.here)} ({facts.here.reason})"
     if facts.plan.elsewhere:
         return Finding(
@@ -55,18 +59,27 @@ def check_model(facts: Facts) -> Finding:
     if isinstance(facts.tokenizer, OchatError) or isinstance(facts.backend, OchatError):
         return unchecked(name, "tokenizer and backend")
     if isinstance(facts.model, OchatError):
-        fix = "Fetch it (a machine with network, `hf download`), or give its folder as model.name_or_path."
+        fix = "Set model.name_or_path to a folder or hub name of a Llama or Mistral model; overrides must suit it."
         return Finding(name=name, status="fail", found=str(facts.model), fix=fix)
     found = f"{settings.name_or_path}: {facts.model.config.model_type}, {facts.model.num_parameters():,} parameters"
     if settings.init == "random":
         return Finding(name=name, status="ok", found=f"{found}, drawn at random (model.init)")
-    folder = Path(settings.name_or_path)
-    if folder.is_dir() and not any(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)):
+    folder = Path(located(settings.name_or_path))
+    if missing := folder.is_dir() and _missing_weights(folder):
         return Finding(
-            name=name, status="fail", found=f"{found}, but no weights ({', '.join(WEIGHT_FILES)}) in the folder",
-            fix="Fetch the weights too, or set model.init=random for an untrained model.",
+            name=name, status="fail", found=f"{found}, but in {folder} there is no {missing}",
+            fix="Fetch all of the weights, or set model.init=random for an untrained model.",
         )  # fmt: skip
     return Finding(name=name, status="ok", found=found)
+
+
+def _missing_weights(folder: Path) -> str:
+    """The file of weights that is not there, of those that the index names; empty when all are."""
+    if not any(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)):
+        return " nor ".join(WEIGHT_FILES)
+    index = folder / INDEX_NAME
+    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+    return ", ".join(sorted(name for name in named if not (folder / name).is_file()))
 
 
 def check_rows(facts: Facts) -> Finding:
@@ -88,29 +101,28 @@ def count_steps(facts: Facts) -> Steps | None:
     if not isinstance(facts.fresh, OchatError):
         loader = facts.fresh.loader
         return Steps(
-            total=loader.total_steps,
-            per_epoch=loader.epoch_steps[0],
+            total=loader.schedule.total_steps,
+            per_epoch=loader.schedule.epoch_steps[0],
             supervised_tokens=loader.supervised_tokens_per_step(),
             estimated=False,
         )
     samples = [sample for sample in facts.samples.values() if isinstance(sample, Sample)]
-    if len(samples) < len(facts.samples) or not any(sample.counts.kept for sample in samples):
+    sizes_known = all(sample.num_conversations is not None for sample in samples)
+    if len(samples) < len(facts.samples) or not sizes_known or not any(sample.counts.kept for sample in samples):
         return None
     return _estimate_steps(facts.config, samples)
 
 
-def _estimate_steps(config: Config, samples: list[Sample]) -> Steps | None:
-    """From the samples' mean lengths, as packing leaves next to nothing free."""
+def _estimate_steps(config: Config, samples: list[Sample]) -> Steps:
+    """From the samples' mean lengths: packing leaves next to nothing free."""
     tokens, supervised = 0.0, 0.0
     for source, sample in zip(config.data.sources, samples, strict=True):
-        chats = source.repeat * sample.num_conversations / max(1, sample.counts.read)
+        chats = source.repeat * (sample.num_conversations or 0) / max(1, sample.counts.read)
         tokens += chats * sample.counts.tokens
         supervised += chats * sample.counts.supervised_tokens
-    per_epoch = math.ceil(tokens / config.batch.global_batch_tokens)
-    total = per_epoch * config.training.num_epochs
-    limit = config.training.max_steps
+    per_epoch = max(1, math.ceil(tokens / config.batch.global_batch_tokens))
     return Steps(
-        total=total if limit is None else min(limit, total),
+        total=make_schedule(config.training, lambda epoch: per_epoch).total_steps,
         per_epoch=per_epoch,
         supervised_tokens=supervised / per_epoch,
         estimated=True,
@@ -127,9 +139,11 @@ def check_schedule(facts: Facts) -> Iterator[Finding]:
 def _check_steps(facts: Facts, steps: Steps | None) -> Finding:
     name = "steps"
     if isinstance(facts.fresh, DataError) and not isinstance(facts.manifest, OchatError):
-        return Finding(name=name, status="fail", found=str(facts.fresh), fix="Mend the weights, or batch.")
+        return Finding(
+            name=name, status="fail", found=str(facts.fresh), fix="Correct weights or rewards in data.sources."
+        )
     if steps is None:
-        return unchecked(name, "readable chat files, or a prepared dataset")
+        return unchecked(name, "chat files that can be read and counted, or a prepared dataset")
     found = (
         f"{steps.total:,} steps ({steps.per_epoch:,} an epoch, training.num_epochs={facts.config.training.num_epochs}, "
         f"max_steps={facts.config.training.max_steps}), {steps.supervised_tokens:,.0f} supervised tokens a step"
@@ -194,7 +208,7 @@ def check_run_folder(facts: Facts) -> Finding:
     """What training would do with the run folder: the words are those of training's own refusal."""
     name, run_dir = "run folder", facts.config.run_dir
     if isinstance(facts.setup, CheckpointError):
-        return Finding(name=name, status="fail", found=str(facts.setup), fix="See there, or choose another run.name.")
+        return Finding(name=name, status="fail", found=str(facts.setup), fix="Do as it says, or set another run.name.")
     if isinstance(facts.setup, OchatError):
         begun = (run_dir / CHECKPOINTS_NAME).is_dir()
         found = "holds checkpoints; whether they fit is not known before preparing" if begun else "fresh"
@@ -203,10 +217,10 @@ def check_run_folder(facts: Facts) -> Finding:
         return Finding(name=name, status=status, found=f"{run_dir}: {found}", fix=fix)  # type: ignore[arg-type]
     if facts.setup.checkpoint is None:
         return Finding(name=name, status="ok", found=f"{run_dir}: fresh, begins at step 1")
-    step, total = facts.setup.state.step, facts.setup.loader.total_steps
+    step, total = facts.setup.state.step, facts.setup.loader.schedule.total_steps
     if step == total:
         return Finding(
             name=name, status="warn", found=f"{run_dir}: finished, all {total:,} steps are done",
-            fix="Raise training.num_epochs or training.max_steps to go on, or choose another run.name.",
+            fix=f"{how_to_go_on(facts.config.training, facts.setup.loader.schedule)}, or choose another run.name.",
         )  # fmt: skip
     return Finding(name=name, status="ok", found=f"{run_dir}: resumes after step {step:,} of {total:,}")

@@ -17,6 +17,7 @@ from ochat.data.batch import PackedBatch
 from ochat.data.template import get_template
 from ochat.embeddings import fit_vocabulary
 from ochat.errors import BackendError, ConfigError, first_line
+from ochat.hub_names import located
 
 # Families whose packed forward pass is tested, document by document, against one-by-one.
 FAMILIES = ("llama", "mistral")
@@ -35,7 +36,8 @@ def load_model(
     seed  draws the weights when `model.init` is random
     """
     _register_attention()
-    hf_config = _load_hf_config(model)
+    source = located(model.name_or_path)
+    hf_config = _load_hf_config(model, source)
     attention = HF_NAMES[backend.attention]
     if model.init == "random":
         hf_config.vocab_size = len(tokenizer)
@@ -48,7 +50,7 @@ def load_model(
     else:
         try:
             loaded = AutoModelForCausalLM.from_pretrained(
-                model.name_or_path, config=hf_config, attn_implementation=attention, dtype=backend.dtype
+                source, config=hf_config, attn_implementation=attention, dtype=backend.dtype
             )
         except OSError as exc:
             raise ConfigError(
@@ -61,9 +63,9 @@ def load_model(
     return loaded
 
 
-def _load_hf_config(model: ModelConfig) -> Any:
+def _load_hf_config(model: ModelConfig, source: str) -> Any:
     try:
-        hf_config = AutoConfig.from_pretrained(model.name_or_path)
+        hf_config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as exc:
         raise ConfigError(
             f"model.name_or_path: {model.name_or_path!r} has no model configuration: {first_line(exc)}"

@@ -14,7 +14,7 @@ from ochat.backend import select_backend
 from ochat.config import EngineConfig, ModelConfig
 from ochat.data.template import TEMPLATES, get_template
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer
-from ochat.errors import CheckpointError, TemplateError
+from ochat.errors import CheckpointError, ConfigError, TemplateError
 from ochat.model import load_model
 from tests.experiment import TOKENIZERS
 from tests.launch import run
@@ -185,7 +185,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused(tmp_path: Path) -> None:
-    assert "neither a folder nor a model on the hub" in refusal(tmp_path, tmp_path / "none")
+    assert "no such folder, and no name of a hub's" in refusal(tmp_path, tmp_path / "none", ConfigError)
 
 
 def test_an_unknown_template_and_a_base_without_a_tokenizer_are_refused(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 import json
 import re
 from pathlib import Path
+from signal import SIGINT
 
 import pytest
 
+import ochat
 from tests.experiment import write_experiment
-from tests.launch import free_port, run, run_in_terminal
+from tests.launch import free_port, run, run_in_terminal, start
 
 
 def launch(*arguments: object):
@@ -141,6 +143,47 @@ def test_train_refuses_a_launcher_and_names_the_right_command(tmp_path: Path):
 
     assert done.returncode == 2
     assert "Under a launcher use: deepspeed --module ochat.training.train" in done.stderr
+
+
+@pytest.mark.parametrize("command", [("ochat",), ("python", "-m", "ochat")])
+def test_the_version_is_told(command: tuple[str, ...]):
+    done = run(*command, "--version")
+
+    assert (done.returncode, done.stdout) == (0, f"ochat {ochat.__version__}\n"), done.stderr
+
+
+def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path):
+    path = write_experiment(tmp_path, training={"num_epochs": 2_000}, engine={"type": "torch"})
+    process = start("ochat", "train", path)
+    assert process.stderr is not None
+    while "saved" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(SIGINT)
+    said = process.communicate(timeout=60)[1]
+
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint, if there is one"
+    assert "Traceback" not in said
+
+
+def test_the_first_preparing_is_not_told_as_a_mistake_and_the_next_says_why(tmp_path: Path):
+    path = write_experiment(tmp_path)
+    first = run("ochat", "prepare", path).stderr
+    again = run("ochat", "prepare", path, "model.max_length=100").stderr
+
+    assert f"INFO preparing {tmp_path}/prepared: nothing there yet\n" in first
+    assert f"INFO preparing again: {tmp_path}/prepared is out of date: max_length was 128, is 100" in again
+
+
+def test_doctor_names_the_next_command(tmp_path: Path):
+    path = write_experiment(tmp_path)
+    before = run("ochat", "doctor", path).stdout
+    run("ochat", "prepare", path)
+
+    assert before.endswith(f"next: ochat prepare {path}\n")
+    assert run("ochat", "doctor", path).stdout.endswith(
+        f"next: deepspeed --module ochat.training.train --config {path}\n"
+    )
 
 
 def test_a_file_where_a_folder_should_be_is_one_paragraph(tmp_path: Path):

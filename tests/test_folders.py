@@ -1,5 +1,6 @@
 """A folder is whole or not there, whoever is killed in between."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ochat.folders import locked, replace_folder
 
@@ -91,3 +94,19 @@ def test_a_lock_is_held_against_other_processes_and_ends_with_its_holder(tmp_pat
 
     with locked(tmp_path / "thing"):
         pass
+
+
+@pytest.mark.parametrize(("umask", "rights"), [(0o022, 0o644), (0o007, 0o660)])
+def test_files_follow_the_umask_whoever_wrote_them(tmp_path: Path, umask: int, rights: int) -> None:
+    before = os.umask(umask)
+    try:
+        with replace_folder(tmp_path / "folder") as new:
+            save_file({"a": torch.zeros(1)}, new / "model.safetensors")
+            assert (new / "model.safetensors").stat().st_mode & 0o777 == 0o600  # what it is about
+            (new / "inside").mkdir()
+            (new / "inside/plain.txt").write_text("")
+    finally:
+        os.umask(before)
+
+    files = (tmp_path / "folder/model.safetensors", tmp_path / "folder/inside/plain.txt")
+    assert [file.stat().st_mode & 0o777 for file in files] == [rights, rights]

@@ -18,6 +18,7 @@ from ochat.data.epoch_order import epoch_items
 from ochat.data.packing import PackingPlan, compute_costs, plan
 from ochat.data.prefetch import prefetched
 from ochat.data.replies import per_message_weights
+from ochat.data.schedule import make_schedule
 from ochat.data.store import PreparedSplit
 from ochat.data.weights import item_weights, weight_sums
 from ochat.errors import CheckpointError, ConfigError, DataError
@@ -55,11 +56,7 @@ class EpochPlan:
 
 
 class Loader:
-    """The training data of one rank, from a position on: iterate over it, and save `state_dict()` with the model.
-
-    epoch_steps  steps of each epoch that is at least begun
-    total_steps  of the whole run
-    """
+    """The training data of one rank, from a position on: iterate over it, and save `state_dict()` with the model."""
 
     def __init__(
         self, config: Config, split: PreparedSplit, *, rank: int = 0, world_size: int = 1, pin_memory: bool = False
@@ -79,7 +76,7 @@ class Loader:
             raise DataError("nothing to train on: the weight of every conversation is 0. Raise a source's weight.")
         self.epoch_plan = lru_cache(maxsize=2)(self._epoch_plan)  # this epoch's, and the next one's
         self._epoch, self._step = 0, 0
-        self.epoch_steps, self.total_steps = self._schedule()
+        self.schedule = make_schedule(config.training, lambda epoch: self.epoch_plan(epoch).plan.num_steps)
 
     def _epoch_plan(self, epoch: int) -> EpochPlan:
         config, split = self._config, self._split
@@ -99,26 +96,17 @@ class Loader:
         )
         return EpochPlan(items=items, plan=made, weight_sum=float(self._weight_sums[items].sum()), digest=made.digest())
 
-    def _schedule(self) -> tuple[tuple[int, ...], int]:
-        limit = self._config.training.max_steps
-        steps: list[int] = []
-        for epoch in range(self._config.training.num_epochs):
-            if limit is not None and sum(steps) >= limit:
-                break
-            steps.append(self.epoch_plan(epoch).plan.num_steps)
-        return tuple(steps), sum(steps) if limit is None else min(limit, sum(steps))
-
     def __iter__(self) -> Iterator[TrainStep]:
         """The steps from here to the end of the run, made ahead of their use."""
         for step in prefetched(self._steps_left(), PREFETCH_STEPS):
-            last = step.index + 1 == self.epoch_steps[step.epoch]
+            last = step.index + 1 == self.schedule.epoch_steps[step.epoch]
             self._epoch, self._step = (step.epoch + 1, 0) if last else (step.epoch, step.index + 1)
             yield step
 
     def _steps_left(self) -> Iterator[TrainStep]:
-        done, start = sum(self.epoch_steps[: self._epoch]) + self._step, self._step
-        for epoch in range(self._epoch, len(self.epoch_steps)):
-            for index in range(start, min(self.epoch_steps[epoch], start + self.total_steps - done)):
+        done, start = sum(self.schedule.epoch_steps[: self._epoch]) + self._step, self._step
+        for epoch in range(self._epoch, len(self.schedule.epoch_steps)):
+            for index in range(start, min(self.schedule.epoch_steps[epoch], start + self.schedule.total_steps - done)):
                 yield self.step(epoch, index)
                 done += 1
             start = 0

@@ -75,7 +75,8 @@ def prepare(config: Config) -> Manifest:
         try:
             manifest = check_prepared(config, template, tokenizer)
         except DataError as reason:
-            log.info("preparing %s (%s)", prepared_dir, reason)
+            there = (prepared_dir / MANIFEST_NAME).is_file()
+            log.info("preparing %s", f"again: {reason}" if there else f"{prepared_dir}: nothing there yet")
         else:
             log.info("prepared dataset %s is up to date (%s)", prepared_dir, manifest.fingerprint[:12])
             return manifest

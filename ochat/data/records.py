@@ -49,11 +49,19 @@ def check_chat_file(path: Path) -> None:
     """Raise DataError when `path` is missing or of no known kind."""
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file. Check the source's `path` (it is relative to where you are); "
-            f"a dataset of the hub is written hf:NAME."
+            f"{path}: no such file. {_whats_there(path)}Check the source's `path` (it is relative to where you are, "
+            f"{Path.cwd()}); a dataset of the hub is written hf:NAME."
         )
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: unknown kind of file. Known: {', '.join(SUFFIXES)}.")
+
+
+def _whats_there(path: Path) -> str:
+    """The first folder on the way that is missing, or the chat files beside; empty when neither says anything."""
+    if missing := [folder for folder in path.parents if not folder.is_dir()]:
+        return f"There is no folder {missing[-1]}. "
+    beside = sorted(file.name for file in path.parent.iterdir() if file.name.endswith(SUFFIXES))
+    return f"In {path.parent}/ there is: {', '.join(beside[:5])}. " if beside else ""
 
 
 def source_records(source: SourceConfig, advance: Advance = lambda num_bytes: None) -> Iterator[Record]:

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from ochat.data.conversation import Conversation, Role
 from ochat.data.template import Segment, Template, opening, prefix, render, render_prompt
 from ochat.errors import TemplateError, first_line
+from ochat.hub_names import located
 
 # Normalizers as tokenizer.json has them: SentencePiece's way to write a text before it is cut into pieces.
 SENTENCEPIECE_SPELLING = {
@@ -43,11 +43,9 @@ def load_tokenizer(name_or_path: str, template: Template) -> PreTrainedTokenizer
     """Load a tokenizer and add the control tokens of the template that it lacks (their ids follow its last one)."""
     # Not AutoTokenizer: in transformers 5 it rebuilds Llama-type tokenizers and gets leading spaces wrong (FACTS: 92 of
     # 511 strings). PreTrainedTokenizerFast takes tokenizer.json as it is.
-    folder = Path(name_or_path)
-    if not folder.exists() and (folder.is_absolute() or name_or_path.count("/") != 1 or folder.parent.exists()):
-        raise TemplateError(f"{name_or_path}: no such folder, and no name of a hub's. Check model.name_or_path.")
+    source = located(name_or_path)
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     except Exception as exc:  # the tokenizers library raises nothing narrower over a damaged file
         raise TemplateError(
             f"{name_or_path}: no tokenizer to be read there ({first_line(exc)}). It needs tokenizer.json."

@@ -7,9 +7,11 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from ochat.backend import Backend
-from ochat.config import Config
+from ochat.checkpoint import default_condition
+from ochat.config import Config, TrainingConfig
 from ochat.data.loader import Loader
 from ochat.data.prepare import open_prepared
+from ochat.data.schedule import Schedule
 from ochat.data.store import Manifest
 from ochat.data.template import get_template
 from ochat.data.tokenize import load_tokenizer
@@ -52,6 +54,25 @@ def set_up(config: Config, backend: Backend, prepare_command: str) -> Setup:
     )
 
 
+def how_to_go_on(training: TrainingConfig, schedule: Schedule) -> str:
+    """What to raise to have more steps than the schedule."""
+    if training.max_steps is not None and schedule.total_steps == training.max_steps:
+        return f"To go on, raise training.max_steps (now {training.max_steps})"
+    return f"To go on, raise training.num_epochs (now {training.num_epochs})"
+
+
+def absent_sources(config: Config, manifest: Manifest, best_source: int) -> dict[str, str]:
+    """Name of each source of which nothing is trained -> what follows from that, in a sentence."""
+    best, default = config.data.sources[best_source].name, default_condition(config, manifest, best_source)
+    return {
+        source.name: f"source {source.name}: nothing is kept of {manifest.counts[source.name]['read']:,} conversations "
+        f"read, so its class {source.condition!r} is not learned; by default the exported model will answer as "
+        f"{default!r}, the class of {best}."
+        for source in config.data.sources
+        if not manifest.counts[source.name]["kept"]
+    }
+
+
 def _newest_checkpoint(config: Config) -> Path | None:
     # Rank 0 looks, all follow: on a lagging shared file system each would find its own.
     checkpoints = of_rank_0(list_checkpoints(config.run_dir / CHECKPOINTS_NAME))
@@ -64,9 +85,9 @@ def _newest_checkpoint(config: Config) -> Path | None:
 
 def _state_to_continue(checkpoint: Path, fresh: TrainerState, loader: Loader) -> TrainerState:
     state = read_state(checkpoint, fresh.recipe)
-    if state.step > loader.total_steps:
+    if state.step > (asked := loader.schedule.total_steps):
         raise CheckpointError(
-            f"{checkpoint}: has done {state.step} steps, the configuration asks for {loader.total_steps} in all. "
+            f"{checkpoint}: has done {state.step} steps, the configuration asks for {asked} in all. "
             f"Raise training.num_epochs or training.max_steps, or start another run.name."
         )
     try:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from ochat.config import Config, load_config
 from ochat.data.prepare import prepare
 from ochat.errors import BackendError, OchatError
+from ochat.hub_names import located
 from ochat.log import setup_logging
 
 
@@ -46,6 +47,7 @@ def train_here(config: Config, prepare_command: str) -> None:
             "`ochat train` is for one process. Under a launcher use: "
             "deepspeed --module ochat.training.train --config CONFIG [key.path=value ...]"
         )
+    located(config.model.name_or_path)  # refused before the preparing, which may take long
     prepare(config)
     run_process(config, prepare_command)
 

@@ -20,7 +20,7 @@ from ochat.training.loss import WeightedLoss
 from ochat.training.metrics import MetricsLog, StepContext, step_metrics
 from ochat.training.optim import auto_learning_rate, lr_at
 from ochat.training.ranks import all_or_none, barrier
-from ochat.training.setup import Setup, set_up
+from ochat.training.setup import Setup, absent_sources, how_to_go_on, set_up
 from ochat.training.state import CHECKPOINTS_NAME, TrainerState, save_checkpoint
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ def train(config: Config, *, prepare_command: str = "ochat prepare CONFIG") -> P
     log.info("backend: %s %s, %s (%s)", backend.device, backend.dtype_name, backend.attention, backend.reason)
     start_process(config, backend)
     setup = all_or_none(lambda: set_up(config, backend, prepare_command))
+    if backend.rank == 0:
+        _say_what_is_odd(config, setup)
     metrics_log = all_or_none(lambda: _open_run(config, setup.state) if backend.rank == 0 else None)
     model = all_or_none(lambda: load_model(config.model, setup.tokenizer, backend, seed=config.run.seed))
     peak_lr = all_or_none(lambda: _peak_lr(config, model, setup))
@@ -45,7 +47,7 @@ def train(config: Config, *, prepare_command: str = "ochat prepare CONFIG") -> P
         engine.load(setup.checkpoint)
         log.info("continuing %s after %d steps", setup.checkpoint, setup.state.step)
     log.info("training %s: %d steps of %d rows x %d tokens, %.2f M parameters, peak learning rate %.3g",
-             config.run.name, setup.loader.total_steps, config.rows_per_step, config.batch.micro_batch_tokens,
+             config.run.name, setup.loader.schedule.total_steps, config.rows_per_step, config.batch.micro_batch_tokens,
              model.num_parameters() / 1e6, peak_lr)  # fmt: skip
     state = _loop(config, setup, engine, backend, metrics_log, peak_lr)
     if metrics_log is not None:
@@ -62,12 +64,12 @@ def _loop(
     peak_lr: float,
 ) -> TrainerState:
     """Take the steps that are left, with metrics and checkpoints on the way."""
-    state, loader = setup.state, setup.loader
+    state, loader, schedule = setup.state, setup.loader, setup.loader.schedule
     shown = metrics_log is not None
-    with progress_bar("training", total=loader.total_steps, unit="steps", done=state.step, shown=shown) as bar:
+    with progress_bar("training", total=schedule.total_steps, unit="steps", done=state.step, shown=shown) as bar:
         for step, data_wait_s in _timed(iter(loader)):
             began = time.perf_counter()
-            lr = lr_at(state.step + 1, peak=peak_lr, total_steps=loader.total_steps, scheduler=config.scheduler)
+            lr = lr_at(state.step + 1, peak=peak_lr, total_steps=schedule.total_steps, scheduler=config.scheduler)
             result = engine.run_step(step, lr)
             state = replace(
                 state,
@@ -78,7 +80,7 @@ def _loop(
             if metrics_log is not None:
                 context = StepContext(
                     global_step=state.step,
-                    epoch=step.epoch + (step.index + 1) / loader.epoch_steps[step.epoch],
+                    epoch=step.epoch + (step.index + 1) / schedule.epoch_steps[step.epoch],
                     num_tokens=state.num_tokens,
                     learning_rate=lr,
                     step_s=time.perf_counter() - began + data_wait_s,
@@ -94,6 +96,16 @@ def _loop(
                 folder, keep_last = config.run_dir / CHECKPOINTS_NAME, config.checkpoint.keep_last
                 log.info("saved %s", save_checkpoint(folder, engine, state, rank=backend.rank, keep_last=keep_last))
     return state
+
+
+def _say_what_is_odd(config: Config, setup: Setup) -> None:
+    for sentence in absent_sources(config, setup.manifest, setup.loader.best_source()).values():
+        log.warning("%s", sentence)
+    if setup.state.step == setup.loader.schedule.total_steps:
+        log.warning(
+            "%s is finished: all %d steps are done, only the export is written again. %s, or begin anew with another "
+            "run.name.", config.run_dir, setup.state.step, how_to_go_on(config.training, setup.loader.schedule),
+        )  # fmt: skip
 
 
 def _open_run(config: Config, state: TrainerState) -> MetricsLog:
@@ -126,7 +138,7 @@ def _is_due(config: Config, state: TrainerState, loader: Loader) -> bool:
     position = state.loader
     by_epoch = every_epochs is not None and position["step"] == 0 and position["epoch"] % every_epochs == 0
     by_step = every_steps is not None and state.step % every_steps == 0
-    return by_epoch or by_step or state.step == loader.total_steps
+    return by_epoch or by_step or state.step == loader.schedule.total_steps
 
 
 def _export(

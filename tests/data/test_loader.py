@@ -128,7 +128,7 @@ def test_the_position_is_epoch_step_and_plan_and_no_more(folder):
     steps = iter(made)
 
     assert set(made.state_dict()) == {"epoch", "step", "plan"}
-    for _ in range(made.epoch_steps[0]):
+    for _ in range(made.schedule.epoch_steps[0]):
         next(steps)
     assert (made.state_dict()["epoch"], made.state_dict()["step"]) == (1, 0)
 
@@ -144,8 +144,8 @@ def test_the_run_has_the_steps_it_said(folder):
     made = loader(folder, "training.num_epochs=3")
     steps = list(made)
 
-    assert len(steps) == made.total_steps == sum(made.epoch_steps)
-    assert [s.epoch for s in steps] == [e for e, n in enumerate(made.epoch_steps) for _ in range(n)]
+    assert len(steps) == made.schedule.total_steps == sum(made.schedule.epoch_steps)
+    assert [s.epoch for s in steps] == [e for e, n in enumerate(made.schedule.epoch_steps) for _ in range(n)]
     assert len(list(loader(folder, "training.num_epochs=3", "training.max_steps=5"))) == 5
 
 

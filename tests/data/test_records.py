@@ -15,6 +15,7 @@ from ochat.data.hub import hub_version
 from ochat.data.problems import RowError
 from ochat.data.records import Record, hash_file, parse_line, read_records, source_records
 from ochat.errors import DataError
+from tests.experiment import TOKENIZERS
 
 ROWS = [{"messages": n} for n in (1, 2, 3)]
 JSONL = b'{"messages": 1}\n\n  \t\n{"messages": 2}\r\n{"messages": 3}'
@@ -257,6 +258,51 @@ def test_a_damaged_page_of_a_parquet_file_is_no_traceback(tmp_path: Path) -> Non
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 3] + b"\x55" * 200 + content[len(content) // 3 + 200 :])
     assert "chats.parquet: cannot be read after row " in refused(path)
+
+
+def test_a_missing_file_comes_with_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path, "chats.jsonl", JSONL)
+    write(tmp_path, "notes.txt", b"")
+    assert f"In {tmp_path}/ there is: chats.jsonl. " in refused(tmp_path / "chat.jsonl")
+    assert f"There is no folder {tmp_path}/a. " in refused(tmp_path / "a/b/chat.jsonl")
+    assert "there is" not in refused(TOKENIZERS / "chat.jsonl").lower()
+
+
+def test_a_parquet_file_damaged_in_the_middle_names_the_row_reached(tmp_path: Path) -> None:
+    path = tmp_path / "chats.parquet"
+    damage_second_row_group(path)
+    records = read_records(path)
+    assert next(records).number == 1
+    with pytest.raises(DataError, match=rf"^{path}: cannot be read after row \d+ \("):
+        list(records)
+
+
+def damage_second_row_group(path: Path) -> None:
+    """A file of two row groups of 300 rows, the second one's bytes made nonsense: the footer is whole."""
+    rows = [{"messages": f"{n} " * 20} for n in range(600)]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=300, use_dictionary=False)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset : column.data_page_offset + column.total_compressed_size] = (
+        b"\xff" * column.total_compressed_size
+    )
+    path.write_bytes(bytes(content))
+
+
+def test_a_hub_dataset_with_a_damaged_row_group_is_named(tmp_path: Path) -> None:
+    damage_second_row_group(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=rf"^hf:{tmp_path} train: cannot be read beyond row \d+ \("):
+        list(source_records(hub(tmp_path)))
+
+
+def test_a_hub_dataset_whose_second_file_is_damaged_names_source_and_row(tmp_path: Path) -> None:
+    (tmp_path / "train-00000.jsonl").write_bytes(b'{"messages": 1}\n{"messages": 2}\n')
+    (tmp_path / "train-00001.jsonl").write_bytes(b'{"messages": 3}\n')
+    assert len(list(source_records(hub(tmp_path)))) == 3
+
+    (tmp_path / "train-00001.jsonl").write_bytes(b'{"messages')
+    with pytest.raises(DataError, match=rf"^hf:{tmp_path} train: cannot be read beyond row 2 \("):
+        list(source_records(hub(tmp_path)))
 
 
 def hub(path: Path, **keys: str) -> SourceConfig:

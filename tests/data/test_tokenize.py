@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from ochat.data.conversation import Conversation, Message
 from ochat.data.template import get_template
 from ochat.data.tokenize import ChatTokenizer, adds_dummy_prefix, load_tokenizer, tokenizer_hash
-from ochat.errors import TemplateError
+from ochat.errors import ConfigError, TemplateError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "tokenizers"
 PAIRS = [("mini-mistral", "openchat-3.5"), ("mini-llama3", "openchat-3.6")]
@@ -270,7 +270,7 @@ def test_only_sentencepiece_puts_a_space_in_front() -> None:
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(TemplateError, match=f"^{tmp_path}: no tokenizer to be read there .* It needs tokenizer.json"):
         load_tokenizer(str(tmp_path), get_template("openchat-3.5"))
-    with pytest.raises(TemplateError, match=f"^{tmp_path}/none: no such folder, and no name of a hub's"):
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/none: no such folder, and no name of a hub's"):
         load_tokenizer(str(tmp_path / "none"), get_template("openchat-3.5"))
 
 

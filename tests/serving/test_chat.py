@@ -87,6 +87,12 @@ def test_the_export_is_as_gguf_and_servers_need_it(export: Path):
     assert (export / "chat_template.jinja").is_file()
 
 
+def test_who_may_read_the_card_may_read_the_weights(export: Path):
+    modes = {file.name: file.stat().st_mode & 0o777 for file in export.iterdir()}
+
+    assert modes["model.safetensors"] == modes["ochat.json"]
+
+
 def test_answers_in_a_batch_are_those_given_alone(chat: Chat):
     conversations = [Conversation(messages=(user(q),), condition="GPT4") for q in QUESTIONS]
 

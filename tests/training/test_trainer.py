@@ -97,12 +97,40 @@ def test_the_card_says_what_was_trained(finished: Config):
     assert card.step == len(lines(finished))
 
 
-def test_training_a_finished_run_again_changes_nothing(finished: Config):
+def test_training_a_finished_run_again_changes_nothing_and_says_how_to_go_on(
+    finished: Config, caplog: pytest.LogCaptureFixture
+):
     before = (finished.run_dir / "metrics.jsonl").read_text()
 
     train(finished)
 
+    assert f"{finished.run_dir} is finished: all" in caplog.text
+    assert "To go on, raise training.num_epochs (now 6), or begin anew with another run.name." in caplog.text
     assert (finished.run_dir / "metrics.jsonl").read_text() == before
+
+
+def test_a_limit_of_steps_is_what_to_raise_where_it_ended_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config = prepared(tmp_path, "training.max_steps=1")
+    train(config)
+    assert "is finished" not in caplog.text
+
+    train(config)
+    assert "To go on, raise training.max_steps (now 1)" in caplog.text
+
+
+def test_an_expert_of_whom_nothing_was_kept_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config = make_experiment(tmp_path, TORCH, "training.max_steps=1")
+    (tmp_path / "expert.jsonl").write_text('{"items": [{"role": "user", "content": "Hi"}]}\n')
+    prepare(config)
+    train(config)
+
+    said = "source expert: nothing is kept of 1 conversations read, so its class 'GPT4' is not learned"
+    assert said in caplog.text
+    assert CheckpointCard.read(config.run_dir / "export").default_condition == "GPT3"
+    caplog.clear()
+    whole = prepared(tmp_path, "training.max_steps=1", "run.name=whole")
+    train(whole)
+    assert "nothing is kept" not in caplog.text
 
 
 def test_a_used_run_folder_is_refused_when_resuming_is_off(finished: Config):
