@@ -13,6 +13,7 @@ short ones come early, the more room, and the longer the next ones. That keeps l
 N items of the stream, M rows of a group, S sources. Nothing in here knows a rank; all randomness is `seed`'s.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,16 +39,16 @@ class Stream(NamedTuple):
     extra_cost: NDArray[np.int32]  # [N], beyond its tokens
     source: NDArray[np.int32]  # [N]
     supervised: NDArray[np.int32]  # [N], tokens
-    taken: NDArray[np.bool_]  # [N]
     later: NDArray[np.int32]  # [N], the next item of the same source and length
+    taken: NDArray[np.bool_]  # [N]
     first: NDArray[np.int32]  # the oldest item of a source and length that may still be there
 
 
 class Rows(NamedTuple):
     """The rows of a group. Their items are a chain: the last of row r, the one before it, ..., -1."""
 
-    last: NDArray[np.int32]  # [M]
     before: NDArray[np.int32]  # [N]
+    last: NDArray[np.int32]  # [M]
     room: NDArray[np.int64]  # [M], tokens
     extra_cost: NDArray[np.int64]  # [M]
     mix: NDArray[np.int64]  # [M, S], supervised tokens
@@ -63,14 +64,13 @@ class Gaps(NamedTuple):
     slack: int
 
 
-@njit(cache=True)
 def pack(
     order: NDArray[np.int64],
     length: NDArray[np.integer],
     cost: NDArray[np.floating],
     source: NDArray[np.integer],
     supervised: NDArray[np.integer],
-    num_sources: int,
+    *,
     row_tokens: int,
     rows_per_step: int,
     seed: int,
@@ -80,28 +80,60 @@ def pack(
     order       the stream, as items
     length      tokens of each item [N], 1 to row_tokens
     cost        of each item [N], in tokens
-    source      of each item [N], below num_sources
+    source      of each item [N], from 0
     supervised  tokens of each item [N]
     """
-    N = len(order)
-    stream, shortest, left = _make_stream(order, length, cost, source, supervised, num_sources)
-    mean, longest = left / N, len(stream.first) // num_sources - 1
-    steps_per_group = max(1, int(np.ceil(GROUP_ITEMS * mean / (row_tokens * rows_per_step))))
+    N, S, longest, mean = len(order), int(source.max()) + 1, int(length.max()), float(length.mean())
+    steps_per_group = max(1, math.ceil(GROUP_ITEMS * mean / (row_tokens * rows_per_step)))
     M = steps_per_group * rows_per_step
+    # Few large arrays, made here: numpy asks for large pages, and their making takes a fifth of the time otherwise.
+    in_stream = np.zeros((6, N), np.int32)
+    packed, row_ends = np.empty((2, N), np.int64)
+    five = in_stream[:5]
+    stream = Stream(*five, np.zeros(N, np.bool_), np.full(S * (longest + 1), -1, np.int32))  # type: ignore[call-arg]
     rows = Rows(
+        in_stream[5],
         np.empty(M, np.int32),
-        np.empty(N, np.int32),
         np.empty(M, np.int64),
         np.empty(M, np.int64),
-        np.zeros((M, num_sources), np.int64),
-        np.zeros(num_sources, np.int64),
+        np.zeros((M, S), np.int64),
+        np.zeros(S, np.int64),
     )
-    share = np.zeros(num_sources)
-    for i in range(N):
-        share[stream.source[i]] += stream.supervised[i]
-    share /= max(share.sum(), 1.0)
+    _fill_stream(stream, order, length, cost, source, supervised, S, packed)
+    share = np.bincount(source, supervised, minlength=S) / max(1, supervised.sum()) if S > 1 else np.ones(1)
+    limits = np.array([row_tokens, rows_per_step, length.min(), longest, length.sum(), seed], np.int64)
+    num_rows = _pack(stream, rows, share, order, limits, packed, row_ends)
+    return packed, row_ends[:num_rows].copy()
+
+
+@njit(cache=True)
+def _fill_stream(
+    stream: Stream, order: Any, length: Any, cost: Any, source: Any, supervised: Any, num_sources: int, scratch: Any
+) -> None:
+    N, cheapest, width = len(order), np.inf, len(stream.first) // num_sources
+    for item in range(N):
+        cheapest = min(cheapest, cost[item] / length[item])
+    # Two numbers in one: fetching them in the stream's order, from all over memory, is what takes the time.
+    for item in range(N):
+        extra = np.int64(COST_UNIT * (cost[item] - cheapest * length[item]))
+        scratch[item] = extra << 32 | np.int64(length[item])
+    for i in range(N - 1, -1, -1):
+        both = scratch[order[i]]
+        stream.length[i], stream.extra_cost[i] = both & 0xFFFFFFFF, both >> 32
+        shelf = stream.length[i]
+        if num_sources > 1:
+            stream.source[i], stream.supervised[i] = source[order[i]], supervised[order[i]]
+            shelf += stream.source[i] * width
+        stream.later[i] = stream.first[shelf]
+        stream.first[shelf] = i
+
+
+@njit(cache=True)
+def _pack(stream: Stream, rows: Rows, share: Any, order: Any, limits: Any, packed: Any, row_ends: Any) -> int:
+    """Fill `packed` and `row_ends`; returns the number of rows."""
+    row_tokens, rows_per_step, shortest, longest, left, seed = limits
+    M, mean = len(rows.room), left / len(order)
     heap, state = np.empty(M, np.int64), np.array([seed], np.uint64)
-    packed, row_ends = np.empty(N, np.int64), np.empty(N, np.int64)
     num_packed, num_rows, oldest = 0, 0, 0
     room_for_gaps, bias = 2.0 * mean, 0.0
     while left > 0:
@@ -117,7 +149,7 @@ def pack(
         _close_gaps(stream, rows, m, core, share, gaps)
         row_order = np.arange(m)
         _shuffle(row_order, state)
-        if num_sources > 1 and m > rows_per_step and num_rows % rows_per_step == 0:
+        if len(share) > 1 and m > rows_per_step and num_rows % rows_per_step == 0:
             row_order = _even_steps(rows, row_order, rows_per_step)
             for start in range(0, m, rows_per_step):
                 _shuffle(row_order[start : start + rows_per_step], state)
@@ -137,46 +169,7 @@ def pack(
         bias = MEMORY * bias + early
         room_for_gaps *= STEER if bias > 0 else 1 / STEER
         room_for_gaps = min(max(room_for_gaps, mean / 2), 0.6 * row_tokens)
-    return packed, row_ends[:num_rows].copy()
-
-
-@njit(cache=True)
-def _make_stream(
-    order: Any, length: Any, cost: Any, source: Any, supervised: Any, num_sources: int
-) -> tuple[Stream, int, int]:
-    """The stream, its shortest length, and the sum of its lengths."""
-    N, shortest, longest, cheapest = len(order), length[0], 0, np.inf
-    for item in range(N):
-        shortest, longest = min(shortest, length[item]), max(longest, length[item])
-        cheapest = min(cheapest, cost[item] / length[item])
-    # Two numbers in one: fetching them in the stream's order, all over memory, is what takes the time.
-    both = np.empty(N, np.int64)
-    for item in range(N):
-        extra = np.int64(COST_UNIT * (cost[item] - cheapest * length[item]))
-        both[item] = extra << 32 | np.int64(length[item])
-    width = longest + 1
-    stream = Stream(
-        np.empty(N, np.int32),
-        np.empty(N, np.int32),
-        np.zeros(N, np.int32),
-        np.zeros(N, np.int32),
-        np.zeros(N, np.bool_),
-        np.empty(N, np.int32),
-        np.full(num_sources * width, -1, np.int32),
-    )
-    total = 0
-    for i in range(N - 1, -1, -1):
-        item = order[i]
-        size = both[item] & 0xFFFFFFFF
-        stream.length[i], stream.extra_cost[i] = size, both[item] >> 32
-        total += size
-        shelf = size
-        if num_sources > 1:
-            stream.source[i], stream.supervised[i] = source[item], supervised[item]
-            shelf += source[item] * width
-        stream.later[i] = stream.first[shelf]
-        stream.first[shelf] = i
-    return stream, shortest, total
+    return num_rows
 
 
 @njit(cache=True)
@@ -279,17 +272,16 @@ def _replace(heap: Any, size: int, key: int, row: int) -> None:
 
 @njit(cache=True)
 def _close_gaps(stream: Stream, rows: Rows, m: int, core: Any, share: Any, gaps: Gaps) -> None:
-    by_need, start = np.arange(len(share)), 0
-    waiting = _waiting(stream, core, gaps.ahead, 2 * m + TRIES)
+    by_need, calls = np.arange(len(share)), 0
+    waiting = _waiting(stream, core, gaps.ahead, 4 * m + TRIES)
     for row in range(m):
         while rows.room[row] > gaps.slack and rows.room[row] >= gaps.shortest:
-            while start < len(waiting) and stream.taken[waiting[start]]:
-                start += 1
-            if start > m and len(waiting) - start < TRIES:
-                waiting, start = _waiting(stream, core, gaps.ahead, 2 * m + TRIES), 0
+            if calls == m:  # each has taken two at the most
+                waiting, calls = _waiting(stream, core, gaps.ahead, 4 * m + TRIES), 0
             if len(share) > 1:
                 by_need = np.argsort(rows.trained - share * rows.trained.sum())
-            if not _close_gap(stream, rows, row, waiting[start:], by_need, gaps):
+            calls += 1
+            if not _close_gap(stream, rows, row, waiting, by_need, gaps):
                 break
 
 

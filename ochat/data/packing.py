@@ -114,10 +114,9 @@ def plan(
         np.asarray(costs, dtype=np.float64),
         sources,
         mixed_by,
-        int(sources.max()) + 1,
-        row_tokens,
-        rows_per_step,
-        int(rng.integers(2**62)),
+        row_tokens=row_tokens,
+        rows_per_step=rows_per_step,
+        seed=int(rng.integers(2**62)),
     )
     num_rows = len(ends)
     empty = -num_rows % rows_per_step
