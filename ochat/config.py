@@ -291,6 +291,10 @@ def _check_fields_in_use(sources: Sequence[SourceConfig]) -> None:
                     f"data.sources.{i}.{key}: has no effect on a file. Remove it, or write path: {HUB_PREFIX}NAME "
                     f"for a dataset of the hub."
                 )
+        if source.reward_field == "weight":
+            raise ValueError(
+                f"data.sources.{i}.reward_field: `weight` of a row multiplies its loss already. Name another key."
+            )
         if source.reward_clip is not None:
             if source.reward_field is None:
                 raise ValueError(f"data.sources.{i}.reward_clip: has no effect without reward_field. Remove it.")
