@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ochat import __version__
-from ochat.errors import OchatError
+from ochat.errors import ConfigError, OchatError
 from ochat.log import setup_logging
 
 ABOUT = "C-RLFT: fine-tune chat models on mixed-quality data, conditioned on its source and weighted by its reward."
@@ -63,16 +63,26 @@ def inspect(
     row: Annotated[int | None, typer.Option(min=1, help="begin at this line of the chat file")] = None,
     num: Annotated[int | None, typer.Option(min=1, help="conversations of each source [3; with --row 1]")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a page for a browser instead")] = None,
+    packing: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw packed rows instead")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=64, help="steps that --packing draws [4]")] = None,
 ) -> None:
     """Show what will be trained: tokens with their weights, and how they are packed."""
     from ochat.config import load_config
     from ochat.data.inspect import inspect
     from ochat.data.inspect_html import write_page
+    from ochat.data.inspect_packing import write_packing
     from ochat.data.inspect_terminal import print_inspection
 
-    command = shlex.join(["ochat", "prepare", config, *(overrides or ())])
-    shown = inspect(load_config(config, overrides or ()), command, source=source, row=row, num=num)
-    print(f"wrote {write_page(shown, html)}; open it in a browser") if html else print_inspection(shown)
+    loaded, command = load_config(config, overrides or ()), shlex.join(["ochat", "prepare", config, *(overrides or ())])
+    if steps and not packing:
+        raise ConfigError("--steps: has no effect without --packing FILE.png. Add that, or leave it out.")
+    if packing and not html and (source, row, num) != (None, None, None):
+        raise ConfigError("--packing: draws whole steps, so --source, --row and --num have no effect. Leave them out.")
+    if packing:
+        print(f"wrote {write_packing(loaded, command, packing, num_steps=steps)}")
+    if html or not packing:
+        shown = inspect(loaded, command, source=source, row=row, num=num)
+        print(f"wrote {write_page(shown, html)}; open it in a browser") if html else print_inspection(shown)
 
 
 @app.command()

@@ -88,6 +88,8 @@ class SourceConfig(Section):
     """The class written into the prompt, for example `GPT4`. A row's own condition wins; empty is unconditioned."""
     format: Literal["auto", "sharegpt", "openai", "openchat", "alpaca", "dolly", "orca", "history"] = "auto"
     """Row format; `auto` looks at each row's keys."""
+    repeat: Positive = 1.0
+    """How often an epoch trains each of its chats; 0.25 takes a quarter, in the next epoch another one."""
     weight: NonNegative | None = None
     """Loss weight of every supervised token of this source (1.0 when neither weight nor reward is given)."""
     reward: float | None = None
@@ -289,6 +291,10 @@ def _check_fields_in_use(sources: Sequence[SourceConfig]) -> None:
                     f"data.sources.{i}.{key}: has no effect on a file. Remove it, or write path: {HUB_PREFIX}NAME "
                     f"for a dataset of the hub."
                 )
+        if source.reward_field == "weight":
+            raise ValueError(
+                f"data.sources.{i}.reward_field: `weight` of a row multiplies its loss already. Name another key."
+            )
         if source.reward_clip is not None:
             if source.reward_field is None:
                 raise ValueError(f"data.sources.{i}.reward_clip: has no effect without reward_field. Remove it.")

@@ -2,25 +2,23 @@
 
 import importlib.util
 import json
+import math
 import netrc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ochat.backend import Backend
 from ochat.config import Config
-from ochat.data.packing import plan
+from ochat.data.schedule import make_schedule
 from ochat.doctor_facts import Facts, Finding, Sample, unchecked
 from ochat.errors import CheckpointError, ConfigError, DataError, OchatError
 from ochat.hub_names import located
 from ochat.training.optim import auto_learning_rate
-from ochat.training.setup import how_to_go_on, make_schedule
+from ochat.training.setup import how_to_go_on
 from ochat.training.state import CHECKPOINTS_NAME
 
-PLANNED_ITEMS = 20_000  # an estimate packs at most so many conversations
 FEW_STEPS = 10
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 INDEX_NAME = "model.safetensors.index.json"
@@ -101,11 +99,11 @@ def check_rows(facts: Facts) -> Finding:
 def count_steps(facts: Facts) -> Steps | None:
     """From the plan training would use, or from the samples; None when neither is to be had."""
     if not isinstance(facts.fresh, OchatError):
-        schedule = facts.fresh.schedule
+        loader = facts.fresh.loader
         return Steps(
-            total=schedule.total_steps,
-            per_epoch=schedule.epoch_steps[0],
-            supervised_tokens=facts.fresh.supervised_tokens_per_step,
+            total=loader.schedule.total_steps,
+            per_epoch=loader.schedule.epoch_steps[0],
+            supervised_tokens=loader.supervised_tokens_per_step(),
             estimated=False,
         )
     samples = [sample for sample in facts.samples.values() if isinstance(sample, Sample)]
@@ -116,24 +114,13 @@ def count_steps(facts: Facts) -> Steps | None:
 
 
 def _estimate_steps(config: Config, samples: list[Sample]) -> Steps:
-    """Pack rows drawn from the samples, as many as the files would make or PLANNED_ITEMS, and scale up."""
-    num_rows = [(s.num_conversations or 0) * s.counts.rows / max(1, s.counts.read) for s in samples]
-    scale = max(1.0, sum(num_rows) / PLANNED_ITEMS)
-    rng = np.random.default_rng(config.run.seed)
-    lengths = [
-        rng.choice(sample.batch.column("input_ids").value_lengths().to_numpy(), max(1, round(number / scale)))
-        for sample, number in zip(samples, num_rows, strict=True)
-        if sample.counts.rows
-    ]
-    row_tokens, rows_per_step = config.batch.micro_batch_tokens, config.rows_per_step
-    packed = plan(
-        np.concatenate(lengths), row_tokens=row_tokens, rows_per_step=rows_per_step, seed=config.run.seed, epoch=0
-    )
-    per_epoch = max(1, -(-round(len(packed.rows) * scale) // rows_per_step))
-    supervised = sum(
-        number * sample.counts.supervised_tokens / max(1, sample.counts.rows)
-        for sample, number in zip(samples, num_rows, strict=True)
-    )
+    """From the samples' mean lengths: packing leaves next to nothing free."""
+    tokens, supervised = 0.0, 0.0
+    for source, sample in zip(config.data.sources, samples, strict=True):
+        chats = source.repeat * (sample.num_conversations or 0) / max(1, sample.counts.read)
+        tokens += chats * sample.counts.tokens
+        supervised += chats * sample.counts.supervised_tokens
+    per_epoch = max(1, math.ceil(tokens / config.batch.global_batch_tokens))
     return Steps(
         total=make_schedule(config.training, lambda epoch: per_epoch).total_steps,
         per_epoch=per_epoch,
@@ -230,10 +217,10 @@ def check_run_folder(facts: Facts) -> Finding:
         return Finding(name=name, status=status, found=f"{run_dir}: {found}", fix=fix)  # type: ignore[arg-type]
     if facts.setup.checkpoint is None:
         return Finding(name=name, status="ok", found=f"{run_dir}: fresh, begins at step 1")
-    step, total = facts.setup.state.step, facts.setup.schedule.total_steps
+    step, total = facts.setup.state.step, facts.setup.loader.schedule.total_steps
     if step == total:
         return Finding(
             name=name, status="warn", found=f"{run_dir}: finished, all {total:,} steps are done",
-            fix=f"{how_to_go_on(facts.config.training, facts.setup.schedule)}, or choose another run.name.",
+            fix=f"{how_to_go_on(facts.config.training, facts.setup.loader.schedule)}, or choose another run.name.",
         )  # fmt: skip
     return Finding(name=name, status="ok", found=f"{run_dir}: resumes after step {step:,} of {total:,}")

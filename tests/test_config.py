@@ -373,6 +373,11 @@ def test_a_part_of_a_hub_dataset_needs_a_hub_dataset(tmp_path: Path, key: str) -
     assert getattr(hub.data.sources[0], key) == "test"
 
 
+def test_a_rows_weight_is_not_its_reward_too(tmp_path: Path) -> None:
+    path = write(tmp_path, REWARDED.replace("reward: 1", "reward_field: weight"))
+    assert "`data.sources.0.reward_field` `weight` of a row multiplies its loss already" in mistake(path)
+
+
 def test_a_clip_needs_a_reward_field_and_bounds_in_order(tmp_path: Path) -> None:
     path = write(tmp_path, REWARDED.replace("reward: 1", "reward_field: score"))
     assert load_config(path, ["data.sources.0.reward_clip=[-1, 2.5]"]).data.sources[0].reward_clip == (-1.0, 2.5)

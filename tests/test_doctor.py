@@ -57,9 +57,10 @@ def chat(question: str, answer: str, **extra: object) -> dict[str, object]:
 def save_checkpoint_of(config: Config, *, step: int, epoch: int = 0) -> None:
     """A checkpoint as training leaves it, as far as the doctor reads it; with an epoch, at its beginning."""
     fresh = gather(config, num_gpus=None).setup
+    position = {"epoch": epoch, "step": 0 if epoch else step, "plan": fresh.loader.epoch_plan(epoch).digest}
     folder = config.run_dir / f"checkpoints/step-{step:08d}"
     folder.mkdir(parents=True)
-    state = replace(fresh.state, step=step, epoch=epoch, epoch_step=0 if epoch else step)
+    state = replace(fresh.state, step=step, loader=position)
     (folder / "trainer.json").write_text(json.dumps(asdict(state)))
 
 
@@ -555,12 +556,12 @@ def test_steps_are_the_plans_once_prepared_and_a_near_estimate_before(tmp_path: 
     estimate = look(config, "steps")
     prepare(config)
     setup = gather(config, num_gpus=None).setup
-    exact = look(config, "steps")
+    exact, schedule = look(config, "steps"), setup.loader.schedule
 
     assert "an estimate" in estimate.found
     assert "estimate" not in exact.found
-    assert exact.found.startswith(f"{setup.schedule.total_steps:,} steps ({setup.schedule.epoch_steps[0]:,} an epoch")
-    assert int(estimate.found.split()[1]) == pytest.approx(setup.schedule.total_steps, rel=0.25)
+    assert exact.found.startswith(f"{schedule.total_steps:,} steps ({schedule.epoch_steps[0]:,} an epoch")
+    assert int(estimate.found.split()[1]) == pytest.approx(schedule.total_steps, rel=0.25)
 
 
 def test_weights_that_are_all_zero_fail(tmp_path: Path):
@@ -577,7 +578,7 @@ def test_the_automatic_learning_rate_comes_with_its_numbers(tmp_path: Path):
     config = make_experiment(tmp_path, "optimizer.learning_rate=auto")
     prepare(config)
     setup = gather(config, num_gpus=None).setup
-    rate, reason = auto_learning_rate("mistral", 0, setup.supervised_tokens_per_step)
+    rate, reason = auto_learning_rate("mistral", 0, setup.loader.supervised_tokens_per_step())
 
     assert f"auto: peak {rate:.3g} = {reason}" in look(config, "learning rate").found
 
@@ -595,7 +596,7 @@ def test_a_family_without_a_rule_for_the_learning_rate_fails(tmp_path: Path):
 def test_the_run_folder_is_fresh_then_resumes_then_is_finished(tmp_path: Path):
     config = make_experiment(tmp_path)
     prepare(config)
-    total = gather(config, num_gpus=None).setup.schedule.total_steps
+    total = gather(config, num_gpus=None).setup.loader.schedule.total_steps
 
     assert "begins at step 1" in look(config, "run folder").found
     save_checkpoint_of(config, step=2)

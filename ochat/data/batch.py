@@ -34,6 +34,11 @@ class PackedBatch:
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         return type(self)(**moved, max_seqlen=self.max_seqlen)
 
+    def pinned(self) -> Self:
+        """In page-locked memory, from where `to` copies to a GPU without waiting."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "max_seqlen"}
+        return type(self)(**{name: tensor.pin_memory() for name, tensor in tensors.items()}, max_seqlen=self.max_seqlen)
+
 
 def collate(
     input_ids: NDArray[np.integer],

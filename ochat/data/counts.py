@@ -14,6 +14,7 @@ class Counts:
     truncated          conversations kept of which a reply or context was cut off at model.max_length
     split              conversations that were over-long and made several parts
     dropped            conversations left out, by reason
+    examples           for rows that could not be read: by reason, what was said of the first, with file and line
     noticed            conversations in which something was found, whether or not anything was done about it
     cut_tokens         tokens beyond model.max_length
     trimmed_tokens     context within model.max_length after the last supervised token: no gradient reaches it
@@ -31,13 +32,16 @@ class Counts:
     trimmed_tokens: int = 0
     weight_sum: float = 0.0
     dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
     noticed: dict[str, int] = field(default_factory=dict)
     conditions: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: "Counts") -> None:
         for f in fields(self):
             mine, more = getattr(self, f.name), getattr(other, f.name)
-            if isinstance(mine, dict):
+            if f.name == "examples":
+                self.examples = more | mine
+            elif isinstance(mine, dict):
                 for key, number in more.items():
                     mine[key] = mine.get(key, 0) + number
             else:

@@ -17,7 +17,6 @@ from ochat.data.batch import PackedBatch
 from ochat.data.inspect_tokens import Token, TokenReader, Turn, weight_level
 from ochat.data.items import OVERLONG
 from ochat.data.loader import Loader
-from ochat.data.packing import PackingPlan
 from ochat.data.prepare import open_prepared
 from ochat.data.store import Manifest, PreparedSplit
 from ochat.data.template import get_template
@@ -37,7 +36,7 @@ class InspectedConversation:
     weight      factor of its source or reward, that every token's weight includes
     weight_sum  sum of its tokens' weights as trained
     cut         whether it certainly lost tokens at model.max_length; `ending` says what is known
-    step, row   where the first epoch trains it
+    place       step and row where the first epoch trains it; None: not at all, by `repeat` or `max_steps`
     """
 
     where: str
@@ -50,12 +49,17 @@ class InspectedConversation:
     weight_sum: float
     cut: bool
     ending: str
-    step: int
-    row: int
+    place: tuple[int, int] | None
 
     @property
     def condition_text(self) -> str:
         return "not written by this template" if self.condition is None else self.condition or "none"
+
+    @property
+    def place_text(self) -> str:
+        return (
+            "not trained in the first epoch" if self.place is None else f"step {self.place[0]:,}, row {self.place[1]}"
+        )
 
     @property
     def tokens(self) -> tuple[Token, ...]:
@@ -155,7 +159,7 @@ def inspect(
         sources=tuple(s.name for s in config.data.sources),
         conversations=conversations,
         rows=larder.first_rows(),
-        num_steps=larder.plan.num_steps,
+        num_steps=larder.num_steps,
         highest=max(chain([larder.highest_mean_weight()], shown_weights)),
     )
 
@@ -199,19 +203,19 @@ class _Larder:
         self.split = split
         self._config, self._manifest, self._reader = config, manifest, reader
         self._loader = Loader(config, self.split)
-        self.plan: PackingPlan = self._loader.plan(0)
+        made = self._loader.epoch_plan(0)
+        self.plan, self._epoch_items = made.plan, made.items
+        self.num_steps = min(made.plan.num_steps, self._loader.schedule.total_steps)
         self._weights = item_weights(config, self.split)
         self._source_id, self._line = self.split.column("source_id"), self.split.column("line")
-        self._row_starts = np.cumsum([0] + [len(row) for row in self.plan.rows])
-        self._place = np.empty(len(self.split), np.int64)
-        self._place[np.concatenate(self.plan.rows)] = np.arange(len(self.split))
+        # Where the first epoch trains an item first; -1: nowhere, by its source's repeat.
+        self._place = np.full(len(self.split), -1)
+        in_order = self._epoch_items[self.plan.rows.items]
+        self._place[in_order[::-1]] = np.arange(len(in_order))[::-1]
 
     def conversation(self, item: int) -> InspectedConversation:
-        """The item as found in the batch that trains it."""
-        row = int(np.searchsorted(self._row_starts, self._place[item], side="right")) - 1
-        step, position = divmod(row, self.plan.rows_per_step)
-        batch = next(self._loader.epoch(0, start=step)).batches[position]
-        ids, weights = _document(batch, int(self._place[item] - self._row_starts[row]))
+        """The item as the loader makes it for a row."""
+        ids, weights = _document(self._loader.batch(np.array([item])), 0)
         turns = self._reader.read(ids, weights)
         cut, ending = self._ending(item, ids)
         return InspectedConversation(
@@ -225,15 +229,19 @@ class _Larder:
             weight_sum=float(weights.sum(dtype=np.float64)),
             cut=cut,
             ending=ending,
-            step=step,
-            row=position,
+            place=self._place_of(item),
         )
+
+    def _place_of(self, item: int) -> tuple[int, int] | None:
+        row = int(np.searchsorted(self.plan.rows.ends, self._place[item], side="right"))
+        step, row = divmod(row, self.plan.rows_per_step)
+        return None if self._place[item] < 0 or step >= self.num_steps else (step, row)
 
     def first_rows(self) -> tuple[InspectedRow, ...]:
         """The rows of step 0, boundaries as in their batches."""
         rows = []
-        for position, batch in enumerate(next(self._loader.epoch(0)).batches):
-            items = self.plan.rows[position].tolist() if position < len(self.plan.rows) else []
+        for position, batch in enumerate(self._loader.step(0, 0).batches):
+            items = self._epoch_items[self.plan.rows[position]].tolist()
             bounds = batch.cu_seqlens.tolist()
             documents = tuple(
                 InspectedDocument(

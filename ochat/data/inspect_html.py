@@ -98,7 +98,7 @@ def _conversation(inspection: Inspection, conversation: InspectedConversation) -
         ("tokens", f"{conversation.num_tokens:,}"),
         ("supervised", f"{conversation.num_supervised:,}"),
         ("weight sum", f"{conversation.weight_sum:.4g}"),
-        ("trained in", f"step {conversation.step:,}, row {conversation.row}"),
+        ("trained in", conversation.place_text),
     )
     shown = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
     turns = "\n".join(_turn(inspection, turn) for turn in conversation.turns)

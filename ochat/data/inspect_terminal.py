@@ -69,7 +69,7 @@ def _conversation(inspection: Inspection, conversation: InspectedConversation, c
         f"  source {conversation.source}, condition {conversation.condition_text}, "
         f"weight {weight_text(conversation.weight)}\n",
         f"{conversation.num_tokens:,} tokens, {conversation.num_supervised:,} supervised, "
-        f"weight sum {weight_text(conversation.weight_sum)}; step {conversation.step}, row {conversation.row}\n",
+        f"weight sum {weight_text(conversation.weight_sum)}; {conversation.place_text}\n",
         (f"{'✂ ' if conversation.cut else ''}{conversation.ending}\n", "bold red" if conversation.cut else ""),
     )
     at = 0

@@ -98,6 +98,7 @@ def build_items(
             conversation = _read(record, source, data, tokenizer, counts)
         except RowError as exc:
             counts.drop(exc.reason)
+            counts.examples.setdefault(exc.reason, str(exc))
             problems.append(Problem(reason=exc.reason, message=str(exc)))
             continue
         if conversation is not None:

@@ -4,20 +4,26 @@ A step is `rows_per_step` rows; rank r of W takes its share of them, in order, a
 rows and their loss are the same for every number of ranks that divides `rows_per_step`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ochat.config import Config
 from ochat.data.batch import PackedBatch, collate
-from ochat.data.packing import PackingPlan, plan
+from ochat.data.epoch_order import epoch_items
+from ochat.data.packing import PackingPlan, compute_costs, plan
+from ochat.data.prefetch import prefetched
 from ochat.data.replies import per_message_weights
+from ochat.data.schedule import make_schedule
 from ochat.data.store import PreparedSplit
 from ochat.data.weights import item_weights, weight_sums
-from ochat.errors import ConfigError, DataError
+from ochat.errors import CheckpointError, ConfigError, DataError
+
+PREFETCH_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,70 +45,122 @@ class TrainStep:
     fill: float
 
 
-class Loader:
-    """The training data of one rank."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochPlan:
+    """items: of the dataset, as often as the epoch trains them; the rows of `plan` hold positions in it."""
 
-    def __init__(self, config: Config, split: PreparedSplit, *, rank: int = 0, world_size: int = 1) -> None:
+    items: NDArray[np.int64]
+    plan: PackingPlan
+    weight_sum: float
+    digest: str
+
+
+class Loader:
+    """The training data of one rank, from a position on: iterate over it, and save `state_dict()` with the model."""
+
+    def __init__(
+        self, config: Config, split: PreparedSplit, *, rank: int = 0, world_size: int = 1, pin_memory: bool = False
+    ) -> None:
         if config.rows_per_step % world_size:
             fits = [n for n in range(1, config.rows_per_step + 1) if config.rows_per_step % n == 0]
             raise ConfigError(
                 f"batch: a step has {config.rows_per_step} rows (global_batch_tokens / micro_batch_tokens), which "
                 f"{world_size} processes cannot share. Use {', '.join(map(str, fits))} processes, or change batch."
             )
-        self._config, self._split, self._rank, self._world_size = config, split, rank, world_size
-        self._weights = item_weights(config, split)
+        self._config, self._split, self._pin_memory = config, split, pin_memory
+        share = config.rows_per_step // world_size
+        self._my_rows = slice(rank * share, (rank + 1) * share)
         self._source_id = split.column("source_id")
-        self._weight_sums = weight_sums(config, split)
+        self._weights, self._weight_sums = item_weights(config, split), weight_sums(config, split)
         if not self._weight_sums.sum() > 0:
             raise DataError("nothing to train on: the weight of every conversation is 0. Raise a source's weight.")
-        self.plan = cache(self._plan)
+        self.epoch_plan = lru_cache(maxsize=2)(self._epoch_plan)  # this epoch's, and the next one's
+        self._epoch, self._step = 0, 0
+        self.schedule = make_schedule(config.training, lambda epoch: self.epoch_plan(epoch).plan.num_steps)
 
-    def _plan(self, epoch: int) -> PackingPlan:
-        return plan(
-            self._split.lengths,
-            row_tokens=self._config.batch.micro_batch_tokens,
-            rows_per_step=self._config.rows_per_step,
-            seed=self._config.run.seed,
+    def _epoch_plan(self, epoch: int) -> EpochPlan:
+        config, split = self._config, self._split
+        repeat = [source.repeat for source in config.data.sources]
+        items = epoch_items(self._source_id, repeat, seed=config.run.seed, epoch=epoch)
+        # What a source weighs in the loss is counted in these: sources are mixed by them.
+        units = split.column("num_replies" if config.loss.weighting == "message" else "num_supervised")
+        made = plan(
+            split.lengths[items],
+            compute_costs(split.lengths[items]),
+            self._source_id[items],
+            row_tokens=config.batch.micro_batch_tokens,
+            rows_per_step=config.rows_per_step,
+            seed=config.run.seed,
             epoch=epoch,
+            supervised=units[items],
+        )
+        return EpochPlan(items=items, plan=made, weight_sum=float(self._weight_sums[items].sum()), digest=made.digest())
+
+    def __iter__(self) -> Iterator[TrainStep]:
+        """The steps from here to the end of the run, made ahead of their use."""
+        for step in prefetched(self._steps_left(), PREFETCH_STEPS):
+            last = step.index + 1 == self.schedule.epoch_steps[step.epoch]
+            self._epoch, self._step = (step.epoch + 1, 0) if last else (step.epoch, step.index + 1)
+            yield step
+
+    def _steps_left(self) -> Iterator[TrainStep]:
+        done, start = sum(self.schedule.epoch_steps[: self._epoch]) + self._step, self._step
+        for epoch in range(self._epoch, len(self.schedule.epoch_steps)):
+            for index in range(start, min(self.schedule.epoch_steps[epoch], start + self.schedule.total_steps - done)):
+                yield self.step(epoch, index)
+                done += 1
+            start = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands: behind the last step it gave. The same for every rank and number of ranks."""
+        return {"epoch": self._epoch, "step": self._step, "plan": self.epoch_plan(self._epoch).digest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position; CheckpointError if that epoch is packed otherwise now."""
+        if state["plan"] != self.epoch_plan(state["epoch"]).digest:
+            raise CheckpointError(
+                f"epoch {state['epoch']} is packed otherwise than when the checkpoint was saved: by other data, "
+                f"another seed or batch, or another version of ochat. Go back to those, or start another run.name."
+            )
+        self._epoch, self._step = state["epoch"], state["step"]
+
+    def step(self, epoch: int, index: int) -> TrainStep:
+        """Any step, whatever the position."""
+        made = self.epoch_plan(epoch)
+        plan, rows = made.plan, [made.items[row] for row in made.plan.step(index)]
+        items = np.concatenate(rows)
+        if self._config.loss.normalization == "epoch":
+            denominator = made.weight_sum * plan.rows_per_step / plan.num_rows
+        else:
+            # A step may hold nothing but a source of weight 0; then the sum above the line is 0 too.
+            denominator = float(self._weight_sums[items].sum()) or 1.0
+        num_tokens = int(self._split.lengths[items].sum())
+        return TrainStep(
+            index=index,
+            epoch=epoch,
+            batches=tuple(self.batch(row) for row in rows[self._my_rows]),
+            loss_denominator=denominator,
+            num_tokens=num_tokens,
+            fill=num_tokens / (plan.rows_per_step * plan.row_tokens),
         )
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[TrainStep]:
-        """The steps of an epoch from `start` on."""
-        plan = self.plan(epoch)
-        mean_row_weight = float(self._weight_sums.sum()) / len(plan.rows)
-        for index in range(start, plan.num_steps):
-            rows = plan.rows[index * plan.rows_per_step : (index + 1) * plan.rows_per_step]
-            items = np.concatenate(rows)
-            if self._config.loss.normalization == "epoch":
-                denominator = mean_row_weight * plan.rows_per_step
-            else:
-                # A step may hold nothing but a source of weight 0; then the sum above the line is 0 too.
-                denominator = float(self._weight_sums[items].sum()) or 1.0
-            num_tokens = int(self._split.lengths[items].sum())
-            yield TrainStep(
-                index=index,
-                epoch=epoch,
-                batches=tuple(self._batch(rows, position) for position in self._my_rows()),
-                loss_denominator=denominator,
-                num_tokens=num_tokens,
-                fill=num_tokens / (plan.rows_per_step * plan.row_tokens),
-            )
+    def batch(self, items: NDArray[np.int64]) -> PackedBatch:
+        """A row of these items of the dataset, with the weights they are trained with."""
+        input_ids, token_weights = self._split.tokens(items)
+        if self._config.loss.weighting == "message":
+            token_weights = per_message_weights(token_weights)
+        lengths = self._split.lengths[items]
+        token_weights *= np.repeat(self._weights[items].astype(np.float32), lengths)
+        batch = collate(input_ids, token_weights, lengths, self._source_id[items])
+        return batch.pinned() if self._pin_memory else batch
+
+    def supervised_tokens_per_step(self) -> float:
+        """The mean over the first epoch, all ranks."""
+        made = self.epoch_plan(0)
+        return float(self._split.column("num_supervised")[made.items].sum()) / made.plan.num_steps
 
     def best_source(self) -> int:
         """The source whose items weigh most on average: the expert."""
         num_items = np.bincount(self._source_id, minlength=len(self._config.data.sources))
         means = np.bincount(self._source_id, self._weights, minlength=len(num_items)) / np.maximum(num_items, 1)
         return int(means.argmax())
-
-    def _my_rows(self) -> range:
-        share = self._config.rows_per_step // self._world_size
-        return range(self._rank * share, (self._rank + 1) * share)
-
-    def _batch(self, rows: tuple[NDArray[np.int64], ...], position: int) -> PackedBatch:
-        items = rows[position] if position < len(rows) else np.zeros(0, np.int64)
-        input_ids, token_weights = self._split.tokens(items)
-        if self._config.loss.weighting == "message":
-            token_weights = per_message_weights(token_weights)
-        lengths = self._split.lengths[items]
-        token_weights *= np.repeat(self._weights[items].astype(np.float32), lengths)
-        return collate(input_ids, token_weights, lengths, self._source_id[items])

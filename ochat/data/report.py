@@ -18,7 +18,7 @@ from rich.text import Text
 from ochat.config import Config
 from ochat.data.report_warnings import find_warnings
 from ochat.data.store import REPORT_NAME, TRAIN_SPLIT, Manifest, PreparedSplit
-from ochat.data.weights import item_weights, weight_sums
+from ochat.data.weights import epoch_weight_sums, item_weights
 
 # Narrower than MIN_WIDTH the terminal breaks lines, which is better than numbers cut off. Elsewhere a line is as long
 # as it needs to be.
@@ -52,7 +52,8 @@ def make_report(config: Config, manifest: Manifest) -> dict[str, Any]:
     sources.NAME   the counts of the manifest, and
       supervised_share   supervised tokens / tokens
       source_weight      mean factor of its rows: the weight, or what the rewards come to; null without rows
-      weighted_sum       sum over rows of factor x token weights (reply weights, for loss.weighting: message)
+      repeat             how often an epoch trains each of its rows
+      weighted_sum       sum over an epoch of factor x token weights (reply weights, for loss.weighting: message)
       gradient_share     weighted_sum / that of all sources
       length             tokens of a row: p50, p90, p99, max
       item_weights       distribution of the rows' factors, when they come from rewards
@@ -60,7 +61,7 @@ def make_report(config: Config, manifest: Manifest) -> dict[str, Any]:
     """
     split = PreparedSplit(Path(config.data.prepared_dir) / TRAIN_SPLIT)
     factors: NDArray[np.float64] = item_weights(config, split) if len(split) else np.zeros(0)
-    weighted: NDArray[np.float64] = weight_sums(config, split) if len(split) else np.zeros(0)
+    weighted: NDArray[np.float64] = epoch_weight_sums(config, split) if len(split) else np.zeros(0)
     source_id = split.column("source_id")
     total = float(weighted.sum())
     sources = {}
@@ -71,6 +72,7 @@ def make_report(config: Config, manifest: Manifest) -> dict[str, Any]:
             **count,
             "supervised_share": count["supervised_tokens"] / max(1, count["tokens"]),
             "source_weight": float(factors[mine].mean()) if mine.any() else None,
+            "repeat": source.repeat,
             "weighted_sum": float(weighted[mine].sum()),
             "gradient_share": float(weighted[mine].sum()) / total if total else 0.0,
             "length": _percentiles(split.lengths[mine]),
@@ -113,10 +115,11 @@ def _tables(sources: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
     )
     yield _table(
         sources,
-        ("weights", "sum", "x source", "share of the gradient"),
+        ("weights", "sum", "x source", "x repeat", "share of the gradient"),
         lambda n: (
             _rounded(n["weight_sum"]),
             "-" if n["source_weight"] is None else f"{n['source_weight']:.3g}",
+            f"{n['repeat']:.3g}",
             f"{n['gradient_share']:.1%}",
         ),
     )
@@ -144,6 +147,8 @@ def _notes(sources: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         for key in ("dropped", "noticed"):
             if numbers[key]:
                 yield f"{name}: {key} " + ", ".join(f"{number:,} {what}" for what, number in numbers[key].items())
+        for reason, message in numbers["examples"].items():
+            yield f"{name}: {reason}, the first: {message}"
         if weights := numbers["item_weights"]:
             found = "  ".join(f"{what} {weight:.3g}" for what, weight in weights.items())
             yield f"{name}: weights from rewards  {found}"

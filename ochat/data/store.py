@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ochat.errors import DataError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "report.json"
 TRAIN_SPLIT = "train"

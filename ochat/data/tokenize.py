@@ -143,9 +143,11 @@ class ChatTokenizer:
             prefix(self.template, message.role, conversation.condition)
 
     def check_condition(self, condition: str) -> None:
-        """Refuse a condition that adds a control id to any prefix: a class is a word, never a turn."""
+        """Refuse a condition that adds a control id or a line to any prefix: a class is a word, never a turn."""
         if condition in self._safe_conditions:
             return
+        if "\n" in condition or "\r" in condition:
+            raise TemplateError(f"condition {condition!r} has more than one line. Name the class with plain words.")
         for role in self.template.prefixes:
             plain = self._encode_markup(prefix(self.template, role, ""))
             marked = self._encode_markup(prefix(self.template, role, condition))

@@ -37,3 +37,9 @@ def weight_sums(config: Config, split: PreparedSplit) -> NDArray[np.float64]:
     """The sum of its tokens' loss weights [N] of each item, as trained: factor x token or reply weights."""
     per_message = config.loss.weighting == "message"
     return item_weights(config, split) * split.column("reply_weight_sum" if per_message else "weight_sum")
+
+
+def epoch_weight_sums(config: Config, split: PreparedSplit) -> NDArray[np.float64]:
+    """The same [N] as often as an epoch trains the item, on average over epochs."""
+    repeat = np.array([source.repeat for source in config.data.sources])
+    return np.asarray(weight_sums(config, split) * repeat[split.column("source_id")], dtype=np.float64)

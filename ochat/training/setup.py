@@ -1,7 +1,6 @@
 """Everything a run needs before its first step, found or refused: data, steps, and where to begin."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ochat.checkpoint import default_condition
 from ochat.config import Config, TrainingConfig
 from ochat.data.loader import Loader
 from ochat.data.prepare import open_prepared
+from ochat.data.schedule import Schedule
 from ochat.data.store import Manifest
 from ochat.data.template import get_template
 from ochat.data.tokenize import load_tokenizer
@@ -23,27 +23,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """epoch_steps: steps of each epoch that is at least begun; total_steps: of the whole run."""
-
-    epoch_steps: tuple[int, ...]
-    total_steps: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """checkpoint: the one to continue, None at the beginning; state: where that stands.
-
-    supervised_tokens_per_step: the mean over the first epoch, all ranks.
-    """
+    """checkpoint: the one to continue, None at the beginning; state: where that stands."""
 
     tokenizer: PreTrainedTokenizerFast
     manifest: Manifest
     loader: Loader
-    schedule: Schedule
     checkpoint: Path | None
     state: TrainerState
-    supervised_tokens_per_step: float
 
 
 def set_up(config: Config, backend: Backend, prepare_command: str) -> Setup:
@@ -51,36 +38,20 @@ def set_up(config: Config, backend: Backend, prepare_command: str) -> Setup:
     template = get_template(config.model.template)
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template)
     manifest, split = open_prepared(config, template, tokenizer, prepare_command)
-    loader = Loader(config, split, rank=backend.rank, world_size=backend.world_size)
-    schedule = make_schedule(config.training, lambda epoch: loader.plan(epoch).num_steps)
+    pin_memory = backend.device.type == "cuda"
+    loader = Loader(config, split, rank=backend.rank, world_size=backend.world_size, pin_memory=pin_memory)
     recipe = training_recipe(
         config, dataset_fingerprint=manifest.fingerprint, world_size=backend.world_size, dtype=str(backend.dtype)
     )
-    fresh = TrainerState(
-        step=0, epoch=0, epoch_step=0, num_tokens=0, plan_digest=loader.plan(0).digest(), recipe=recipe
-    )
+    fresh = TrainerState(step=0, num_tokens=0, loader=loader.state_dict(), recipe=recipe)
     checkpoint = _newest_checkpoint(config)
     return Setup(
         tokenizer=tokenizer,
         manifest=manifest,
         loader=loader,
-        schedule=schedule,
         checkpoint=checkpoint,
-        state=_state_to_continue(checkpoint, fresh, schedule, loader) if checkpoint else fresh,
-        supervised_tokens_per_step=float(split.column("num_supervised").sum()) / schedule.epoch_steps[0],
+        state=_state_to_continue(checkpoint, fresh, loader) if checkpoint else fresh,
     )
-
-
-def make_schedule(training: TrainingConfig, steps_of_epoch: Callable[[int], int]) -> Schedule:
-    """Epochs up to the limit of steps. steps_of_epoch: of an epoch as packed, or as estimated."""
-    limit = training.max_steps
-    epoch_steps: list[int] = []
-    for epoch in range(training.num_epochs):
-        if limit is not None and sum(epoch_steps) >= limit:
-            break
-        epoch_steps.append(steps_of_epoch(epoch))
-    total = sum(epoch_steps) if limit is None else min(limit, sum(epoch_steps))
-    return Schedule(epoch_steps=tuple(epoch_steps), total_steps=total)
 
 
 def how_to_go_on(training: TrainingConfig, schedule: Schedule) -> str:
@@ -112,16 +83,15 @@ def _newest_checkpoint(config: Config) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def _state_to_continue(checkpoint: Path, fresh: TrainerState, schedule: Schedule, loader: Loader) -> TrainerState:
+def _state_to_continue(checkpoint: Path, fresh: TrainerState, loader: Loader) -> TrainerState:
     state = read_state(checkpoint, fresh.recipe)
-    if state.step > schedule.total_steps:
+    if state.step > (asked := loader.schedule.total_steps):
         raise CheckpointError(
-            f"{checkpoint}: has done {state.step} steps, the configuration asks for {schedule.total_steps} in all. "
+            f"{checkpoint}: has done {state.step} steps, the configuration asks for {asked} in all. "
             f"Raise training.num_epochs or training.max_steps, or start another run.name."
         )
-    if state.epoch_step and state.plan_digest != loader.plan(state.epoch).digest():
-        raise CheckpointError(
-            f"{checkpoint}: this ochat packs epoch {state.epoch} otherwise than the one that saved it. "
-            f"Continue with that version, or start another run.name."
-        )
+    try:
+        loader.load_state_dict(state.loader)
+    except CheckpointError as exc:
+        raise CheckpointError(f"{checkpoint}: {exc}") from exc
     return state

@@ -25,18 +25,15 @@ STATE_NAME = "trainer.json"
 class TrainerState:
     """Where a run stands after a step.
 
-    step         optimizer steps done
-    epoch        the epoch of the next step, from 0; epoch_step is its index in it
-    num_tokens   non-padding tokens so far
-    plan_digest  of that epoch's packing plan; empty behind the last epoch
-    recipe       everything of the configuration that a continued run must not change
+    step        optimizer steps done
+    num_tokens  non-padding tokens so far
+    loader      state_dict of the loader: where the next step is found
+    recipe      everything of the configuration that a continued run must not change
     """
 
     step: int
-    epoch: int
-    epoch_step: int
     num_tokens: int
-    plan_digest: str
+    loader: Mapping[str, Any]
     recipe: Mapping[str, Any]
 
 

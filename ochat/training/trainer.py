@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ochat.backend import Backend, select_backend
 from ochat.checkpoint import EXPORT_NAME, export_model, make_card
 from ochat.config import Config, save_config
-from ochat.data.loader import TrainStep
+from ochat.data.loader import Loader, TrainStep
 from ochat.model import load_model
 from ochat.progress import progress_bar
 from ochat.training.engine import TrainEngine, build_engine, start_process
@@ -20,7 +20,7 @@ from ochat.training.loss import WeightedLoss
 from ochat.training.metrics import MetricsLog, StepContext, step_metrics
 from ochat.training.optim import auto_learning_rate, lr_at
 from ochat.training.ranks import all_or_none, barrier
-from ochat.training.setup import Schedule, Setup, absent_sources, how_to_go_on, set_up
+from ochat.training.setup import Setup, absent_sources, how_to_go_on, set_up
 from ochat.training.state import CHECKPOINTS_NAME, TrainerState, save_checkpoint
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def train(config: Config, *, prepare_command: str = "ochat prepare CONFIG") -> P
         engine.load(setup.checkpoint)
         log.info("continuing %s after %d steps", setup.checkpoint, setup.state.step)
     log.info("training %s: %d steps of %d rows x %d tokens, %.2f M parameters, peak learning rate %.3g",
-             config.run.name, setup.schedule.total_steps, config.rows_per_step, config.batch.micro_batch_tokens,
+             config.run.name, setup.loader.schedule.total_steps, config.rows_per_step, config.batch.micro_batch_tokens,
              model.num_parameters() / 1e6, peak_lr)  # fmt: skip
     state = _loop(config, setup, engine, backend, metrics_log, peak_lr)
     if metrics_log is not None:
@@ -64,14 +64,19 @@ def _loop(
     peak_lr: float,
 ) -> TrainerState:
     """Take the steps that are left, with metrics and checkpoints on the way."""
-    state, schedule = setup.state, setup.schedule
+    state, loader, schedule = setup.state, setup.loader, setup.loader.schedule
     shown = metrics_log is not None
     with progress_bar("training", total=schedule.total_steps, unit="steps", done=state.step, shown=shown) as bar:
-        for step, data_wait_s in _timed(_steps(setup)):
+        for step, data_wait_s in _timed(iter(loader)):
             began = time.perf_counter()
             lr = lr_at(state.step + 1, peak=peak_lr, total_steps=schedule.total_steps, scheduler=config.scheduler)
             result = engine.run_step(step, lr)
-            state = _after(state, step, setup)
+            state = replace(
+                state,
+                step=state.step + 1,
+                num_tokens=state.num_tokens + step.num_tokens,
+                loader=loader.state_dict(),
+            )
             if metrics_log is not None:
                 context = StepContext(
                     global_step=state.step,
@@ -87,7 +92,7 @@ def _loop(
                     metrics["memory/max_active_gib"] = torch.cuda.memory_stats()["active_bytes.all.peak"] / 2**30
                 metrics_log.write(metrics)
                 bar.advance(1, _note(metrics))
-            if _is_due(config, state, schedule):
+            if _is_due(config, state, loader):
                 folder, keep_last = config.run_dir / CHECKPOINTS_NAME, config.checkpoint.keep_last
                 log.info("saved %s", save_checkpoint(folder, engine, state, rank=backend.rank, keep_last=keep_last))
     return state
@@ -96,10 +101,10 @@ def _loop(
 def _say_what_is_odd(config: Config, setup: Setup) -> None:
     for sentence in absent_sources(config, setup.manifest, setup.loader.best_source()).values():
         log.warning("%s", sentence)
-    if setup.state.step == setup.schedule.total_steps:
+    if setup.state.step == setup.loader.schedule.total_steps:
         log.warning(
             "%s is finished: all %d steps are done, only the export is written again. %s, or begin anew with another "
-            "run.name.", config.run_dir, setup.state.step, how_to_go_on(config.training, setup.schedule),
+            "run.name.", config.run_dir, setup.state.step, how_to_go_on(config.training, setup.loader.schedule),
         )  # fmt: skip
 
 
@@ -113,21 +118,9 @@ def _peak_lr(config: Config, model: PreTrainedModel, setup: Setup) -> float:
     if config.optimizer.learning_rate != "auto":
         return config.optimizer.learning_rate
     family, vocab_size = model.config.model_type, model.config.vocab_size
-    rate, reason = auto_learning_rate(family, vocab_size, setup.supervised_tokens_per_step)
+    rate, reason = auto_learning_rate(family, vocab_size, setup.loader.supervised_tokens_per_step())
     log.info("learning rate auto: %.4g = %s", rate, reason)
     return rate
-
-
-def _steps(setup: Setup) -> Iterator[TrainStep]:
-    """The steps that are left."""
-    done, start = setup.state.step, setup.state.epoch_step
-    for epoch in range(setup.state.epoch, len(setup.schedule.epoch_steps)):
-        for step in setup.loader.epoch(epoch, start):
-            if done >= setup.schedule.total_steps:
-                return
-            done += 1
-            yield step
-        start = 0
 
 
 def _timed(steps: Iterator[TrainStep]) -> Iterator[tuple[TrainStep, float]]:
@@ -140,27 +133,12 @@ def _timed(steps: Iterator[TrainStep]) -> Iterator[tuple[TrainStep, float]]:
         yield step, time.perf_counter() - began
 
 
-def _after(state: TrainerState, step: TrainStep, setup: Setup) -> TrainerState:
-    """The state once `step` is done; the position moves on to the next epoch at an epoch's end."""
-    epoch, epoch_step, digest = step.epoch, step.index + 1, state.plan_digest
-    if epoch_step == setup.schedule.epoch_steps[epoch]:
-        epoch, epoch_step = epoch + 1, 0
-        digest = setup.loader.plan(epoch).digest() if epoch < len(setup.schedule.epoch_steps) else ""
-    return replace(
-        state,
-        step=state.step + 1,
-        epoch=epoch,
-        epoch_step=epoch_step,
-        num_tokens=state.num_tokens + step.num_tokens,
-        plan_digest=digest,
-    )
-
-
-def _is_due(config: Config, state: TrainerState, schedule: Schedule) -> bool:
+def _is_due(config: Config, state: TrainerState, loader: Loader) -> bool:
     every_epochs, every_steps = config.checkpoint.save_every_epochs, config.checkpoint.save_every_steps
-    by_epoch = every_epochs is not None and state.epoch_step == 0 and state.epoch % every_epochs == 0
+    position = state.loader
+    by_epoch = every_epochs is not None and position["step"] == 0 and position["epoch"] % every_epochs == 0
     by_step = every_steps is not None and state.step % every_steps == 0
-    return by_epoch or by_step or state.step == schedule.total_steps
+    return by_epoch or by_step or state.step == loader.schedule.total_steps
 
 
 def _export(

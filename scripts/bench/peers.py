@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
 PEERS = ROOT / ".cache" / "peers"
 
 # The original, with the library versions at which its neutralising of special tokens works.
@@ -21,6 +22,8 @@ OPENCHAT_NEEDS = (
     "numba",
     "torch==2.13.0",
 )
+TRL = "trl==1.16.0"
+AXOLOTL = "axolotl==0.19.0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,17 +34,26 @@ class Peer:
     source: Path
 
 
+def wheel_source(requirement: str) -> Path:
+    """A folder with a package's own files and nothing that it needs."""
+    folder = PEERS / requirement.replace("==", "-")
+    source = folder / "source"
+    if source.is_dir():
+        return source
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    subprocess.run([*pip, "download", "--quiet", "--no-deps", "--dest", folder, requirement], check=True)
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "unpacking")
+    return (folder / "unpacking").rename(source)
+
+
 def openchat_peer() -> Peer:
     """The original OpenChat package, unpacked beside an environment that can run its data functions."""
-    folder = PEERS / OPENCHAT.replace("==", "-")
-    peer = Peer(python=folder / "venv/bin/python", source=folder / "source")
+    source = wheel_source(OPENCHAT)
+    folder = source.parent
+    peer = Peer(python=folder / "venv/bin/python", source=source)
     if (folder / "done").is_file():
         return peer
-    folder.mkdir(parents=True, exist_ok=True)
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    subprocess.run([*pip, "download", "--quiet", "--no-deps", "--dest", folder, OPENCHAT], check=True)
-    for wheel in folder.glob("*.whl"):
-        zipfile.ZipFile(wheel).extractall(peer.source)
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     subprocess.run([peer.python, "-m", "pip", "install", "--quiet", *OPENCHAT_NEEDS], check=True)
     (folder / "done").touch()

@@ -12,7 +12,6 @@ import gzip
 import json
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -24,9 +23,9 @@ from ochat.data.items import build_items, settle
 from ochat.data.records import Record
 from ochat.data.template import get_template
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer
-from scripts.bench.peers import ROOT, openchat_peer
+from scripts.bench.peers import ROOT, SHARED, openchat_peer
+from scripts.bench.side_process import SideProcess
 
-SHARED = ROOT.parent / "shared"
 CHATS = SHARED / "data/mixed_quality/alpacaeval_strong.jsonl.gz"
 TOKENIZER = SHARED / "tokenizers/mistral-v0.1-eot"
 GOAL = 2.0
@@ -42,18 +41,19 @@ def main() -> None:
         lines = _openchat_lines(arguments.chats * (arguments.repeats + 1))
         path = Path(folder) / "lines.jsonl"
         path.write_bytes(b"\n".join(lines) + b"\n")
-        peer = _PeerProcess(path, _older_tokenizer(Path(folder)))
+        openchat, script = openchat_peer(), ROOT / "scripts/bench/prepare_openchat.py"
+        peer = SideProcess([openchat.python, script, path, _older_tokenizer(Path(folder))], openchat.source)
         ours = _Ours(lines)
         rates, num_tokens = [], 0
         for repeat in range(arguments.repeats + 1):
             part = slice(repeat * arguments.chats, (repeat + 1) * arguments.chats)
-            (mine, ids), (theirs, peer_ids) = ours.run(part), peer.run(part)
-            assert ids == peer_ids, "the two sides disagree about ids: no result"
+            (mine, ids), answer = ours.run(part), peer.ask(f"{part.start} {part.stop}")
+            assert ids == answer["ids"], "the two sides disagree about ids: no result"
             if repeat == 0:  # warm-up: first calls, imports, page faults
                 continue
             tokens = sum(map(len, ids))
             num_tokens += tokens
-            rates.append((tokens / mine, tokens / theirs))
+            rates.append((tokens / mine, tokens / answer["seconds"]))
             print(f"  ours {rates[-1][0]:,.0f} tokens/s, peer {rates[-1][1]:,.0f} tokens/s")
         peer.close()
     mine, theirs = (statistics.median(side) for side in zip(*rates, strict=True))
@@ -113,30 +113,6 @@ class _Ours:
             batches.append(settle(chunk, seen, drop_duplicates=False)[0])
         seconds = time.perf_counter() - began
         return seconds, [row for batch in batches for row in batch.column("input_ids").to_pylist()]
-
-
-class _PeerProcess:
-    def __init__(self, lines: Path, tokenizer: Path) -> None:
-        peer = openchat_peer()
-        script = ROOT / "scripts/bench/prepare_openchat.py"
-        environment = {"PYTHONPATH": str(peer.source), "TOKENIZERS_PARALLELISM": "false", "PATH": os.environ["PATH"]}
-        self._process = subprocess.Popen(
-            [peer.python, script, lines, tokenizer],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
-
-    def run(self, part: slice) -> tuple[float, list[list[int]]]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{part.start} {part.stop}\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        return answer["seconds"], answer["ids"]
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ original's in its Parquet file. Both are asked for rows in turn; each packs in i
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,9 +19,11 @@ import pyarrow.parquet as pq
 from ochat.data.items import Row, record_batch
 from ochat.data.store import FORMAT_VERSION, TRAIN_SPLIT, Manifest, write_split
 from ochat.data.tokenize import TokenizedConversation
+from scripts.bench.lengths import real_lengths
 from scripts.bench.peers import ROOT, openchat_peer
+from scripts.bench.side_process import SideProcess
 
-LENGTHS = ROOT.parent / "shared/data/lengths/alpacaeval_strong.train.npy"
+LENGTHS = "alpacaeval_strong"
 ROW_TOKENS = 81_920
 
 
@@ -37,8 +36,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         num_tokens = _write_both(folder, arguments.chats)
-        ours = _Process([sys.executable, ROOT / "scripts/bench/loader_ochat.py", folder, ROW_TOKENS], ROOT)
-        theirs = _Process(
+        ours = SideProcess([sys.executable, ROOT / "scripts/bench/loader_ochat.py", folder, ROW_TOKENS], ROOT)
+        theirs = SideProcess(
             [peer.python, ROOT / "scripts/bench/loader_openchat.py", folder / "peer.parquet", ROW_TOKENS], peer.source
         )
         opened = {"ours": ours.read(), "peer": theirs.read()}
@@ -66,7 +65,7 @@ def main() -> None:
 def _write_both(folder: Path, num_chats: int) -> int:
     """The same rows in both formats: a third context, then a reply. Returns their tokens."""
     rng = np.random.default_rng(0)
-    lengths = np.resize(np.load(LENGTHS), num_chats).clip(8, 8192)
+    lengths = np.resize(real_lengths()[LENGTHS], num_chats).clip(8, 8192)
     items = []
     for length in lengths.tolist():
         weights = np.ones(length, np.float32)
@@ -112,32 +111,6 @@ def _peer_table(items: list[TokenizedConversation]) -> pa.Table:
             "nz_shifted_loss_weights": column([np.append(w[1:], 0).astype(np.float32) for w in weights], pa.float32()),
         }
     )
-
-
-class _Process:
-    """A side that answers a line of JSON for every line it gets."""
-
-    def __init__(self, command: list[object], source: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self) -> dict[str, float]:
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self.read()
-
-    def read(self) -> dict[str, float]:
-        assert self._process.stdout is not None
-        answer: dict[str, float] = json.loads(self._process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ def test_ids_and_weights_shown_are_those_of_the_step_that_trains_them(folder: Pa
     loader = Loader(*_config_and_split(folder, override))
 
     for conversation in look(folder, override, num=5).conversations:
-        step = list(loader.epoch(0))[conversation.step]
-        batch = step.batches[conversation.row]
+        step, row = conversation.place
+        batch = loader.step(0, step).batches[row]
         ids = [token.id for token in conversation.tokens]
         bounds = batch.cu_seqlens.tolist()
         starts = [a for a, b in pairwise(bounds) if batch.input_ids[a:b].tolist() == ids]
@@ -111,7 +111,7 @@ def test_data_of_another_condition_is_out_of_date(folder: Path):
 
 def test_rows_of_step_0_are_the_batches_with_their_boundaries(folder: Path):
     config, split = _config_and_split(folder)
-    step = next(Loader(config, split).epoch(0))
+    step = Loader(config, split).step(0, 0)
     shown = look(folder).rows
 
     assert [[d.start for d in row.documents] + [row.num_tokens] for row in shown] == [
@@ -125,7 +125,7 @@ def test_each_document_of_a_row_is_the_conversation_it_is_named_for(folder: Path
     file, _, line = document.where.rpartition(":")
     (conversation,) = look(folder, source=Path(file).stem, row=int(line)).conversations
 
-    assert (conversation.step, conversation.row) == (0, 1)
+    assert conversation.place == (0, 1)
     assert conversation.num_tokens == document.end - document.start
     assert conversation.weight_sum == pytest.approx(document.weight_sum)
 
@@ -136,6 +136,23 @@ def test_each_document_of_a_row_has_the_source_of_its_file(folder: Path):
     assert {document.source_id for document in documents} == {0, 1}
     assert all(f"/{('expert', 'crowd')[d.source_id]}.jsonl:" in d.where for d in documents)
     assert all(d.weight == pytest.approx((1.0, 0.1)[d.source_id]) for d in documents)
+
+
+def test_a_repeated_source_is_shown_where_it_is_trained_first_and_a_rested_chat_is_said_to_be(folder: Path):
+    twice = look(folder, "data.sources.0.repeat=2", source="expert", num=30).conversations
+    half = look(folder, "data.sources.1.repeat=0.5", source="crowd", num=90).conversations
+
+    assert all(shown.place is not None for shown in twice)
+    assert [shown.place for shown in half].count(None) == len(half) // 2
+    assert next(s for s in half if s.place is None).place_text == "not trained in the first epoch"
+
+
+def test_behind_max_steps_nothing_is_said_to_be_trained(folder: Path):
+    shown = look(folder, "training.max_steps=1", num=90)
+
+    assert shown.num_steps == 1
+    assert {c.place[0] for c in shown.conversations if c.place} == {0}
+    assert any(c.place is None for c in shown.conversations)
 
 
 def test_a_row_of_padding_has_no_documents(folder: Path):

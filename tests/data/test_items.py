@@ -205,8 +205,14 @@ def test_rewards_come_from_their_field(tokenizer: ChatTokenizer) -> None:
 
 def test_counts_add_up() -> None:
     one = Counts(read=3, kept=2, dropped={"no reply": 1}, weight_sum=0.5, conditions={"a": 1, "b": 1})
-    one.add(Counts(read=1, kept=1, weight_sum=1.5, conditions={"b": 2}))
-    assert one == Counts(read=4, kept=3, dropped={"no reply": 1}, weight_sum=2.0, conditions={"a": 1, "b": 3})
+    one.examples = {"not JSON": "line 3"}
+    one.add(
+        Counts(read=1, kept=1, weight_sum=1.5, conditions={"b": 2}, examples={"not JSON": "line 9", "role": "line 8"})
+    )
+    assert one == Counts(
+        read=4, kept=3, dropped={"no reply": 1}, weight_sum=2.0, conditions={"a": 1, "b": 3},
+        examples={"not JSON": "line 3", "role": "line 8"},
+    )  # fmt: skip
 
 
 # --- duplicates

@@ -1,13 +1,17 @@
 """The steps a rank gets: who computes what, with which weights, over which denominator."""
 
+import json
+from dataclasses import fields
+
 import numpy as np
 import pytest
+import torch
 
 from ochat.data.loader import Loader
 from ochat.data.prepare import prepare
 from ochat.data.replies import per_message_weights
 from ochat.data.store import PreparedSplit
-from ochat.errors import ConfigError
+from ochat.errors import CheckpointError, ConfigError
 from tests.experiment import make_experiment
 
 
@@ -23,6 +27,10 @@ def loader(folder, *overrides, rank=0, world_size=1):
     return Loader(config, PreparedSplit(folder / "prepared/train"), rank=rank, world_size=world_size)
 
 
+def epoch(made, index=0):
+    return [made.step(index, step) for step in range(made.epoch_plan(index).plan.num_steps)]
+
+
 def weight_by_source(steps):
     totals = np.zeros(2)
     for batch in (b for step in steps for b in step.batches):
@@ -33,8 +41,8 @@ def weight_by_source(steps):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_together_see_the_same_rows_in_the_same_steps(folder, world_size):
-    alone = [step.batches for step in loader(folder).epoch(0)]
-    ranks = [list(loader(folder, rank=r, world_size=world_size).epoch(0)) for r in range(world_size)]
+    alone = [step.batches for step in epoch(loader(folder))]
+    ranks = [list(epoch(loader(folder, rank=r, world_size=world_size))) for r in range(world_size)]
 
     for index, batches in enumerate(alone):
         together = [batch for rank in ranks for batch in rank[index].batches]
@@ -42,16 +50,16 @@ def test_ranks_together_see_the_same_rows_in_the_same_steps(folder, world_size):
 
 
 def test_every_rank_has_as_many_micro_batches_also_in_the_last_step(folder):
-    ranks = [list(loader(folder, rank=r, world_size=4).epoch(0)) for r in range(4)]
+    ranks = [list(epoch(loader(folder, rank=r, world_size=4))) for r in range(4)]
 
-    assert len(loader(folder).plan(0).rows) % 4  # the last step is a partial one
+    assert loader(folder).epoch_plan(0).plan.num_rows % 4  # the last step is a partial one
     assert {len(step.batches) for steps in ranks for step in steps} == {1}
     assert len({len(steps) for steps in ranks}) == 1
 
 
 def test_the_source_weight_multiplies_its_tokens_and_no_others(folder):
-    low = weight_by_source(loader(folder).epoch(0))
-    high = weight_by_source(loader(folder, "data.sources.1.weight=0.2").epoch(0))
+    low = weight_by_source(epoch(loader(folder)))
+    high = weight_by_source(epoch(loader(folder, "data.sources.1.weight=0.2")))
 
     assert high[1] == pytest.approx(2 * low[1], rel=1e-6)
     assert high[0] == low[0]
@@ -59,7 +67,7 @@ def test_the_source_weight_multiplies_its_tokens_and_no_others(folder):
 
 def test_epoch_denominators_add_up_to_the_epochs_weight(folder):
     """A partial last step counts as its fraction: D x (rows / rows per step), summed, is all the weight there is."""
-    steps = list(loader(folder).epoch(0))
+    steps = list(epoch(loader(folder)))
     rows = [sum(b.loss_weights.sum() > 0 for b in step.batches) for step in steps]
 
     assert len({step.loss_denominator for step in steps}) == 1
@@ -68,7 +76,7 @@ def test_epoch_denominators_add_up_to_the_epochs_weight(folder):
 
 
 def test_step_denominators_are_each_steps_own_weight(folder):
-    for step in loader(folder, "loss.normalization=step").epoch(0):
+    for step in epoch(loader(folder, "loss.normalization=step")):
         assert step.loss_denominator == pytest.approx(weight_by_source([step]).sum(), rel=1e-6)
 
 
@@ -77,7 +85,7 @@ def test_message_weighting_counts_each_reply_once(folder):
     replies = made._split.column("num_replies")
     source_id = made._split.column("source_id")
 
-    totals = weight_by_source(made.epoch(0))
+    totals = weight_by_source(epoch(made))
 
     assert totals == pytest.approx([replies[source_id == 0].sum(), 0.1 * replies[source_id == 1].sum()], rel=1e-5)
 
@@ -88,13 +96,72 @@ def test_message_weights_divide_each_reply_by_its_length():
     assert per_message_weights(weights).tolist() == [0, 0, 0.5, 0.5, 0, 0.125, 0.125, 0.125, 0.125, 0, 2]
 
 
-def test_starting_at_a_step_gives_the_steps_from_there(folder):
-    full, late = list(loader(folder).epoch(1)), list(loader(folder).epoch(1, start=2))
+def same(batch, other):
+    return all(torch.equal(torch.as_tensor(getattr(batch, f.name)), torch.as_tensor(getattr(other, f.name)))
+               for f in fields(batch))  # fmt: skip
 
-    assert [s.index for s in late] == [s.index for s in full[2:]]
-    assert all(
-        a.batches[0].input_ids.tolist() == b.batches[0].input_ids.tolist() for a, b in zip(full[2:], late, strict=True)
-    )
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("start", [0, 2, 5])
+def test_going_on_from_a_saved_position_gives_bit_identical_batches(folder, world_size, start):
+    """Saved by one rank, continued by any number of them: after that step, past an epoch's end too."""
+    whole, saved = list(loader(folder)), loader(folder)
+    for _, _ in zip(range(start), saved, strict=False):
+        pass
+    state = json.loads(json.dumps(saved.state_dict()))
+    ranks = [loader(folder, rank=r, world_size=world_size) for r in range(world_size)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+        assert rank.state_dict() == state
+
+    of_ranks = [[step.batches for step in rank] for rank in ranks]
+    late = [[b for batches in steps for b in batches] for steps in zip(*of_ranks, strict=True)]
+
+    assert len(late) == len(whole) - start > 0
+    for step, together in zip(whole[start:], late, strict=True):
+        assert all(same(a, b) for a, b in zip(step.batches, together, strict=True))
+    assert not same(whole[start].batches[0], whole[start - 1].batches[0])
+
+
+def test_the_position_is_epoch_step_and_plan_and_no_more(folder):
+    made = loader(folder)
+    steps = iter(made)
+
+    assert set(made.state_dict()) == {"epoch", "step", "plan"}
+    for _ in range(made.schedule.epoch_steps[0]):
+        next(steps)
+    assert (made.state_dict()["epoch"], made.state_dict()["step"]) == (1, 0)
+
+
+def test_a_position_in_another_plan_is_refused(folder):
+    state = loader(folder).state_dict()
+
+    with pytest.raises(CheckpointError, match=r"epoch 0 is packed otherwise .* another seed"):
+        loader(folder, "run.seed=1").load_state_dict(state)
+
+
+def test_the_run_has_the_steps_it_said(folder):
+    made = loader(folder, "training.num_epochs=3")
+    steps = list(made)
+
+    assert len(steps) == made.schedule.total_steps == sum(made.schedule.epoch_steps)
+    assert [s.epoch for s in steps] == [e for e, n in enumerate(made.schedule.epoch_steps) for _ in range(n)]
+    assert len(list(loader(folder, "training.num_epochs=3", "training.max_steps=5"))) == 5
+
+
+def test_repeat_trains_a_source_as_often_and_its_weight_counts_as_often(folder):
+    once, twice = loader(folder), loader(folder, "data.sources.0.repeat=2")
+
+    assert weight_by_source(epoch(twice)) == pytest.approx(weight_by_source(epoch(once)) * [2, 1], rel=1e-6)
+    assert twice.epoch_plan(0).weight_sum == pytest.approx(weight_by_source(epoch(twice)).sum(), rel=1e-6)
+
+
+def test_half_a_source_is_another_half_in_the_next_epoch(folder):
+    made = loader(folder, "data.sources.1.repeat=0.5")
+    whole, first, second = (weight_by_source(s)[1] for s in (epoch(loader(folder)), epoch(made), epoch(made, 1)))
+
+    assert first + second == pytest.approx(whole, rel=1e-6)
+    assert 0 < first < whole
 
 
 def test_a_number_of_processes_that_cannot_share_lists_those_that_can(folder):
@@ -109,7 +176,7 @@ def test_rewards_become_weights_by_the_exponential(folder):
     )  # fmt: skip
 
     # (1 - 0) / beta = ln 10, as in the paper
-    assert weight_by_source(rewarded.epoch(0)) == pytest.approx(weight_by_source(loader(folder).epoch(0)), rel=1e-5)
+    assert weight_by_source(epoch(rewarded)) == pytest.approx(weight_by_source(epoch(loader(folder))), rel=1e-5)
 
 
 def test_the_best_source_is_the_one_that_weighs_most_per_item(folder):

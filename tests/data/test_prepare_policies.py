@@ -95,6 +95,9 @@ def test_skip_leaves_rows_out_and_counts_them_by_reason(
     counts = prepare(settings).counts["chats"]
     assert counts["dropped"] == {"unknown role": 2, "not JSON": 1, "no reply": 1}
     assert (counts["read"], counts["kept"]) == (6, 2)
+    assert set(counts["examples"]) == {"unknown role", "not JSON"}
+    assert f"{tmp_path}/chats.jsonl:2: " in counts["examples"]["unknown role"]
+    assert f"{tmp_path}/chats.jsonl:3: not valid JSON" in counts["examples"]["not JSON"]
     assert opened(settings).column("line").tolist() == [1, 5]
     assert "source chats: 4 of 6 left out (2 unknown role, 1 not JSON, 1 no reply)" in caplog.text
 

@@ -66,7 +66,7 @@ def test_the_file_holds_the_numbers_of_the_table(tmp_path: Path, capsys: pytest.
     assert rows_of("good", out) == [
         ["good", "4", "3", "1", "0", "0"],
         ["good", tokens, share, *(str(length) for length in good["length"].values())],
-        ["good", "6", "1", f"{6 / 6.3:.1%}"],
+        ["good", "6", "1", "1", f"{6 / 6.3:.1%}"],
     ]
     assert "prepared " + str(tmp_path / "prepared") in out
     assert "good: dropped 1 no messages" in out
@@ -102,7 +102,7 @@ def test_a_terminal_shows_every_number_in_full_and_names_as_they_are(tmp_path: P
     numbers = [
         ["1,234,567", "1,234,567", "0", "0", "0"],
         ["1,234,567,890", share, "131,072", "131,072", "131,072", "131,072"],
-        ["1,200,000,000", "1", "100.0%"],
+        ["1,200,000,000", "1", "1", "100.0%"],
     ]
     for start in ("  [red]x ", "  a-name"):
         assert [line.split()[1:] for line in lines if line.startswith(start)] == numbers
@@ -268,6 +268,26 @@ def test_a_source_that_keeps_nothing_has_no_share_and_a_warning(tmp_path: Path) 
     assert made["sources"]["none"]["gradient_share"] == 0.0
     assert made["sources"]["none"]["source_weight"] is None
     assert made["warnings"] == ["source none keeps nothing of 1 conversations read."]
+
+
+def test_a_source_that_is_repeated_has_its_share_as_often(tmp_path: Path) -> None:
+    rows = {"x": [row("a")], "y": [row("a")] * 2}
+    keys = {name: {"condition": name} for name in rows}
+    once = report(settings(tmp_path, rows, **keys))["sources"]
+    assert [once[name]["gradient_share"] for name in rows] == pytest.approx([1 / 3, 2 / 3])
+    keys["x"]["repeat"] = 4.0
+    often = report(settings(tmp_path, rows, **keys))["sources"]
+    assert [often[name]["gradient_share"] for name in rows] == pytest.approx([2 / 3, 1 / 3])
+    assert often["x"]["weight_sum"] == once["x"]["weight_sum"]
+
+
+def test_the_first_row_of_each_reason_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unreadable = [{"messages": [{"role": role, "content": "?"}]} for role in ("alien", "ghost")]
+    config = settings(tmp_path, {"chats": [row("a"), *unreadable]}, "data.on_error=skip")
+    print_report(config, prepare(config))
+    out = capsys.readouterr().out
+    assert f"chats: unknown role, the first: {tmp_path}/chats.jsonl:2: " in out
+    assert "ghost" not in out
 
 
 # --- rewards

@@ -26,7 +26,7 @@ class FakeEngine:
 
 
 def state(step: int = 3) -> TrainerState:
-    return TrainerState(step=step, epoch=1, epoch_step=0, num_tokens=9, plan_digest="d", recipe=RECIPE)
+    return TrainerState(step=step, num_tokens=9, loader={"epoch": 1, "step": 0, "plan": "d"}, recipe=RECIPE)
 
 
 def save(folder: Path, engine: FakeEngine, step: int = 3) -> Path:

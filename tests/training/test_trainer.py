@@ -46,7 +46,8 @@ def test_the_loss_falls_for_every_source(finished: Config):
     logged = lines(finished)
 
     for name in ("train/loss", "train/loss/expert", "train/loss/crowd"):
-        assert logged[-1][name] < 0.8 * logged[0][name], name
+        losses = [line[name] for line in logged if name in line]  # the few rows of a last step may hold one source only
+        assert losses[-1] < 0.8 * losses[0], name
 
 
 def test_every_step_is_one_line_with_the_documented_names(finished: Config):
