@@ -10,7 +10,8 @@ Items are taken oldest first, a group of whole steps at a time:
 Items that close gaps are early and, were nothing done, mostly short. So the room left for them is steered: the more
 short ones come early, the more room, and the longer the next ones. That keeps length and time uncorrelated.
 
-N items of the stream, M rows of a group, S sources. Nothing in here knows a rank; all randomness is `seed`'s.
+N items of the stream, M rows of a group, S sources. Nothing in here knows a rank; all randomness is `seed`'s. One file,
+because numba's cache of a compiled function does not notice a change of what it calls in another one.
 """
 
 import math
