@@ -105,6 +105,8 @@ class DataConfig(Section):
     """Folder for the prepared dataset."""
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     """The classes of data, each with its condition and its weight."""
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the chats held out from training, chosen by their first user message: no prompt is on both sides."""
     num_proc: Count | None = None
     """Processes that tokenise; null takes one per core."""
     on_error: Literal["raise", "skip"] = "raise"

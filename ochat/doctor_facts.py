@@ -199,7 +199,7 @@ def _sample(
     )
     if chunk.problems and config.data.on_error == "raise":
         raise DataError(chunk.problems[0].message)
-    batch, counts = settle(chunk, {}, drop_duplicates=config.data.duplicates == "drop")
+    batch, _, counts = settle(chunk, {}, drop_duplicates=config.data.duplicates == "drop")
     number = len(first)
     size = 0 if is_hub(source) else Path(source.path).stat().st_size
     for _ in records:

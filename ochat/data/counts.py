@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, fields
 
 @dataclass(slots=True, kw_only=True)
 class Counts:
-    """Sums over a source; filled while preparing. read = kept + all of dropped.
+    """Sums over a source; filled while preparing. read = kept + held_out + all of dropped.
 
     read               conversations of the source, readable or not
-    kept               conversations of which something is trained
-    rows               rows of the dataset: kept, plus further parts of those that were split
+    kept               conversations of which something is trained; all below but `dropped` and `noticed` is of these
+    held_out           conversations for validation
+    rows               rows to train on: kept, plus further parts of those that were split
     truncated          conversations kept of which a reply or context was cut off at model.max_length
     split              conversations that were over-long and made several parts
     dropped            conversations left out, by reason
@@ -23,6 +24,7 @@ class Counts:
 
     read: int = 0
     kept: int = 0
+    held_out: int = 0
     rows: int = 0
     truncated: int = 0
     split: int = 0

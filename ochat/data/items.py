@@ -63,6 +63,7 @@ class Chunk:
     batch      the rows; `chats`, `cut`, `trimmed` and `conditions` have an entry for each
     lost       parts of kept conversations that are no rows
     digests    of every kept conversation's turns; two that are equal have the same text
+    held_out   whether each of them is kept from training
     counts     read, dropped and noticed; `settle` adds the rest
     problems   rows that could not be read
     """
@@ -75,6 +76,7 @@ class Chunk:
     conditions: tuple[str, ...]
     lost: tuple[Lost, ...]
     digests: tuple[bytes, ...]
+    held_out: tuple[bool, ...]
     counts: Counts
     problems: tuple[Problem, ...]
 
@@ -108,6 +110,7 @@ def build_items(
     rows: list[Row] = []
     lost: list[Lost] = []
     digests: list[bytes] = []
+    held_out: list[bool] = []
     whole = tokenizer.tokenize([conversation for _, conversation in chats])
     for (line, conversation), item in zip(chats, whole, strict=True):
         pieces, reason = fit(conversation, item, data, tokenizer, max_length)
@@ -132,6 +135,7 @@ def build_items(
                 )
             )
         digests.append(_digest(conversation))
+        held_out.append(is_held_out(conversation, data.val_fraction))
     return Chunk(
         source_id=source_id,
         batch=record_batch(rows, source_id),
@@ -141,13 +145,16 @@ def build_items(
         conditions=tuple(row.condition for row in rows),
         lost=tuple(lost),
         digests=tuple(digests),
+        held_out=tuple(held_out),
         counts=counts,
         problems=tuple(problems),
     )
 
 
-def settle(chunk: Chunk, seen: dict[bytes, int], *, drop_duplicates: bool) -> tuple[pa.RecordBatch, Counts]:
-    """The rows of a run that stay, and all counts.
+def settle(
+    chunk: Chunk, seen: dict[bytes, int], *, drop_duplicates: bool
+) -> tuple[pa.RecordBatch, pa.RecordBatch, Counts]:
+    """The rows of a run to be trained, those held out, and all counts.
 
     seen  digest of every conversation before -> its source; this run's are added
     """
@@ -159,13 +166,17 @@ def settle(chunk: Chunk, seen: dict[bytes, int], *, drop_duplicates: bool) -> tu
             repeated.add(chat)
             counts.notice([DUPLICATE] if seen[digest] == chunk.source_id else [DUPLICATE, ACROSS])
         seen.setdefault(digest, chunk.source_id)
-    rows = list(range(len(chunk.chats)))
-    if drop_duplicates and repeated:
-        rows = [row for row in rows if chunk.chats[row] not in repeated]
+    left_out = {chat for chat, held_out in enumerate(chunk.held_out) if held_out}
+    held = [row for row, chat in enumerate(chunk.chats) if chat in left_out]
+    if drop_duplicates:
+        held = [row for row in held if chunk.chats[row] not in repeated]
+        left_out |= repeated
         for _ in repeated:
             counts.drop(DUPLICATE)
+    counts.held_out = len({chunk.chats[row] for row in held})
+    rows = [row for row, chat in enumerate(chunk.chats) if chat not in left_out]
     batch = chunk.batch if len(rows) == len(chunk.chats) else chunk.batch.take(pa.array(rows, pa.int64()))
-    lost = [part for part in chunk.lost if not (drop_duplicates and part.chat in repeated)]
+    lost = [part for part in chunk.lost if part.chat not in left_out]
     parts = Counter(chunk.chats[row] for row in rows)
     counts.kept, counts.rows = len(parts), len(rows)
     counts.split = sum(number > 1 for number in parts.values())
@@ -176,7 +187,7 @@ def settle(chunk: Chunk, seen: dict[bytes, int], *, drop_duplicates: bool) -> tu
     counts.tokens = int(batch.column("input_ids").value_lengths().sum().as_py() or 0)
     counts.supervised_tokens = sum(batch.column("num_supervised").to_pylist())
     counts.weight_sum = sum(batch.column("weight_sum").to_pylist())
-    return batch, counts
+    return batch, chunk.batch.take(pa.array(held, pa.int64())), counts
 
 
 def _read(
@@ -241,6 +252,13 @@ def _digest(conversation: Conversation) -> bytes:
         digest.update(f"{message.role} {len(content)} ".encode())
         digest.update(content)
     return digest.digest()
+
+
+def is_held_out(conversation: Conversation, fraction: float) -> bool:
+    """By a hash of the first user message alone: whatever the source or the answer, a prompt is on one side."""
+    prompt = next((m.content for m in conversation.messages if m.role == "user"), conversation.messages[0].content)
+    number = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest())
+    return number < fraction * 2**64
 
 
 def record_batch(rows: Sequence[Row], source_id: int) -> pa.RecordBatch:

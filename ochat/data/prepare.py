@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -31,11 +32,12 @@ from ochat.data.store import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     TRAIN_SPLIT,
+    VAL_SPLIT,
     Manifest,
     PreparedSplit,
     SourceFile,
+    SplitWriter,
     check_replaceable,
-    write_split,
 )
 from ochat.data.template import Template, get_template
 from ochat.data.tokenize import ChatTokenizer, load_tokenizer, tokenizer_hash
@@ -48,7 +50,9 @@ log = logging.getLogger(__name__)
 CHUNK_RECORDS = 256
 CHUNK_BYTES = 1 << 20
 # What data.* decides about rows; the rest of the section is about where and how fast.
-POLICIES = ("on_error", "overlong", "empty_turns", "assistant_first", "same_role", "duplicates", "hygiene")
+POLICIES = (
+    "on_error", "overlong", "empty_turns", "assistant_first", "same_role", "duplicates", "hygiene", "val_fraction",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +102,13 @@ def _prepare_into(folder: Path, config: Config, template: Template, tokenizer: P
     _check_conditions(config, chat_tokenizer)
     files = {source.name: _describe(source) for source in config.data.sources}
     counts = {source.name: Counts() for source in config.data.sources}
-    write_split(_tokenized_batches(config, chat_tokenizer, counts), folder / TRAIN_SPLIT)
+    with ExitStack() as writers:
+        train = writers.enter_context(SplitWriter(folder / TRAIN_SPLIT))
+        val = writers.enter_context(SplitWriter(folder / VAL_SPLIT)) if config.data.val_fraction else None
+        for batch, held_out in _tokenized_batches(config, chat_tokenizer, counts):
+            train.write(batch)
+            if val is not None:
+                val.write(held_out)
     _warn_of_losses(counts)
     if not any(count.kept for count in counts.values()) and config.data.on_error == "raise":
         num_read = sum(count.read for count in counts.values())
@@ -148,6 +158,8 @@ def check_prepared(config: Config, template: Template, tokenizer: PreTrainedToke
     num_counted = sum(count["rows"] for count in manifest.counts.values())
     if (num_rows := len(PreparedSplit(prepared_dir / TRAIN_SPLIT))) != num_counted:
         raise DataError(f"{prepared_dir} is damaged: {num_rows} rows, where the manifest counts {num_counted}.")
+    if config.data.val_fraction:
+        PreparedSplit(prepared_dir / VAL_SPLIT)
     recipe = _recipe(config, template, tokenizer)
     if changed := first_difference(manifest.recipe, recipe):
         raise DataError(f"{prepared_dir} is out of date: {changed}.")
@@ -212,8 +224,10 @@ def _warn_of_losses(counts: dict[str, Counts]) -> None:
             log.warning("source %s: keeps nothing of %d conversations read", name, count.read)
 
 
-def _tokenized_batches(config: Config, tokenizer: ChatTokenizer, counts: dict[str, Counts]) -> Iterator[pa.RecordBatch]:
-    """Tokenise every source, in order; adds to `counts` on the way."""
+def _tokenized_batches(
+    config: Config, tokenizer: ChatTokenizer, counts: dict[str, Counts]
+) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]:
+    """Tokenise every source, in order: rows to train, rows held out. Adds to `counts` on the way."""
     data = config.data
     num_workers = data.num_proc or os.cpu_count() or 1
     total = sum(Path(source.path).stat().st_size for source in data.sources if not is_hub(source))
@@ -228,10 +242,9 @@ def _tokenized_batches(config: Config, tokenizer: ChatTokenizer, counts: dict[st
                 problems += chunk.problems
                 if len(problems) >= MAX_SHOWN:
                     break
-            batch, count = settle(chunk, seen, drop_duplicates=data.duplicates == "drop")
+            batch, held_out, count = settle(chunk, seen, drop_duplicates=data.duplicates == "drop")
             counts[data.sources[chunk.source_id].name].add(count)
-            if batch.num_rows:
-                yield batch
+            yield batch, held_out
     if problems:
         raise problems_error(problems)
 

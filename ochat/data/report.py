@@ -103,10 +103,18 @@ def _spread(factors: NDArray[np.float64]) -> dict[str, float]:
 
 def _tables(sources: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
     """Three narrow tables with a row per source, so that 80 columns are enough."""
+    held_out = any(numbers["held_out"] for numbers in sources.values())
     yield _table(
         sources,
-        ("conversations", "read", "kept", "dropped", "truncated", "split"),
-        lambda n: (n["read"], n["kept"], sum(n["dropped"].values()), n["truncated"], n["split"]),
+        ("conversations", "read", "kept", *["held out"] * held_out, "dropped", "truncated", "split"),
+        lambda n: (
+            n["read"],
+            n["kept"],
+            *[n["held_out"]] * held_out,
+            sum(n["dropped"].values()),
+            n["truncated"],
+            n["split"],
+        ),
     )
     yield _table(
         sources,

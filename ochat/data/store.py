@@ -9,7 +9,7 @@ N items (conversations), n tokens of one item.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +24,7 @@ FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "report.json"
 TRAIN_SPLIT = "train"
+VAL_SPLIT = "val"
 BATCH_ROWS, BATCH_BYTES = 8192, 32 << 20
 
 SCHEMA = pa.schema(
@@ -101,40 +102,54 @@ def check_replaceable(prepared_dir: Path) -> None:
 def _may_replace(folder: Path) -> bool:
     """Whether a folder is empty, or holds nothing but what we write and is complete."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    return not names or (MANIFEST_NAME in names and names <= {MANIFEST_NAME, REPORT_NAME, TRAIN_SPLIT})
+    return not names or (MANIFEST_NAME in names and names <= {MANIFEST_NAME, REPORT_NAME, TRAIN_SPLIT, VAL_SPLIT})
 
 
-def write_split(batches: Iterator[pa.RecordBatch], folder: Path) -> None:
-    """Write record batches of SCHEMA, in order, as a folder that `datasets.load_from_disk` opens."""
-    import datasets  # takes most of a second; only preparing needs it
+class SplitWriter:
+    """Record batches of SCHEMA, in order, into a folder that `datasets.load_from_disk` opens. A context manager."""
 
-    stream = folder.with_name(f"{folder.name}.stream")
-    _write_stream(iter(()), stream)
-    datasets.disable_progress_bars()
-    # The library writes what describes the columns, around no rows. The rows go to their place at once, where it would
-    # copy them: twice the disk, and all of it mapped into memory.
-    datasets.Dataset.from_file(str(stream)).save_to_disk(str(folder), num_shards=1)
-    stream.unlink()
-    (file,) = folder.glob("data-*.arrow")
-    _write_stream(_joined(batches), file)
+    def __init__(self, folder: Path) -> None:
+        import datasets  # takes most of a second; only preparing needs it
+
+        stream = folder.with_name(f"{folder.name}.stream")
+        with pa.OSFile(str(stream), "wb") as file:
+            pa.ipc.new_stream(file, SCHEMA).close()
+        datasets.disable_progress_bars()
+        # The library writes what describes the columns, around no rows. The rows go to their place at once, where it
+        # would copy them: twice the disk, and all of it mapped into memory.
+        datasets.Dataset.from_file(str(stream)).save_to_disk(str(folder), num_shards=1)
+        stream.unlink()
+        (path,) = folder.glob("data-*.arrow")
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_stream(self._file, SCHEMA)
+        self._waiting: list[pa.RecordBatch] = []
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Fewer, larger batches reach the file: every one takes its time when the split is opened."""
+        self._waiting.append(batch)
+        if sum(b.num_rows for b in self._waiting) >= BATCH_ROWS or sum(b.nbytes for b in self._waiting) >= BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if any(batch.num_rows for batch in self._waiting):
+            self._writer.write_batch(pa.concat_batches(self._waiting))
+        self._waiting = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._flush()
+        self._writer.close()
+        self._file.close()
 
 
-def _write_stream(batches: Iterator[pa.RecordBatch], path: Path) -> None:
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+def write_split(batches: Iterable[pa.RecordBatch], folder: Path) -> None:
+    """All batches of a split at once."""
+    with SplitWriter(folder) as writer:
         for batch in batches:
-            writer.write_batch(batch)
-
-
-def _joined(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same rows in fewer batches: every one takes its time when the split is opened."""
-    waiting: list[pa.RecordBatch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(b.num_rows for b in waiting) >= BATCH_ROWS or sum(b.nbytes for b in waiting) >= BATCH_BYTES:
-            yield pa.concat_batches(waiting)
-            waiting = []
-    if waiting:
-        yield pa.concat_batches(waiting)
+            writer.write(batch)
 
 
 class PreparedSplit:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ochat.config import DataConfig, SourceConfig
+from ochat.data.conversation import Conversation, Message
 from ochat.data.counts import Counts
-from ochat.data.items import Chunk, build_items, settle
+from ochat.data.items import Chunk, build_items, is_held_out, settle
 from ochat.data.overlong import truncate
 from ochat.data.records import Record
 from ochat.data.replies import reply_starts
@@ -48,7 +49,8 @@ def chunk(rows: list[object], tokenizer: ChatTokenizer, *, max_length: int = 100
 
 
 def build(rows: list[object], tokenizer: ChatTokenizer, **settings):
-    return settle(chunk(rows, tokenizer, **settings), {}, drop_duplicates=False)
+    batch, _, counts = settle(chunk(rows, tokenizer, **settings), {}, drop_duplicates=False)
+    return batch, counts
 
 
 def problem(rows: list[object], tokenizer: ChatTokenizer) -> str:
@@ -228,11 +230,11 @@ def test_turns_that_join_to_one_text_are_no_duplicates(tokenizer: ChatTokenizer)
 def test_dropped_duplicates_take_their_counts_with_them(tokenizer: ChatTokenizer) -> None:
     one, two = row(("assistant", "a b", 1)), row(("assistant", "c", 1))
     alone, expected = build([one, two], tokenizer)
-    batch, counts = settle(chunk([one, one, two], tokenizer), {}, drop_duplicates=True)
+    batch, _, counts = settle(chunk([one, one, two], tokenizer), {}, drop_duplicates=True)
     assert batch.column("input_ids").equals(alone.column("input_ids"))
     assert (counts.read, counts.dropped, counts.noticed["duplicate"]) == (3, {"duplicate": 1}, 1)
     assert (counts.tokens, counts.weight_sum) == (expected.tokens, expected.weight_sum)
-    assert settle(chunk([one, one, two], tokenizer), {}, drop_duplicates=False)[1].kept == 3
+    assert settle(chunk([one, one, two], tokenizer), {}, drop_duplicates=False)[2].kept == 3
 
 
 # --- errors name the line
@@ -272,3 +274,44 @@ def test_an_already_decoded_row_is_taken_as_it_is(tokenizer: ChatTokenizer) -> N
     data = DataConfig(prepared_dir="p", sources=(source,))
     made = build_items([decoded], source, data, source_id=3, tokenizer=tokenizer, max_length=9)
     assert made.batch.equals(build([decoded.row], tokenizer)[0])
+
+
+# --- held out
+
+
+def test_a_prompt_is_on_one_side_whatever_its_answers(tokenizer: ChatTokenizer) -> None:
+    for n in range(50):
+        prompt = Message(role="user", content=f"prompt {n}")
+        sides = {
+            is_held_out(Conversation(messages=(*before, prompt, *after), condition=condition), 0.3)
+            for before in ((), (Message(role="system", content="Be kind."),))
+            for after in ((), (Message(role="assistant", content="Yes"), Message(role="user", content="And?")))
+            for condition in ("", "GPT4")
+        }
+        assert len(sides) == 1
+
+
+def test_the_share_held_out_is_the_one_asked_for_and_grows_with_it() -> None:
+    prompts = [Conversation(messages=(Message(role="user", content=f"{n}"),)) for n in range(4000)]
+    held = {f: {n for n, c in enumerate(prompts) if is_held_out(c, f)} for f in (0.0, 0.1, 0.5, 0.999)}
+
+    assert held[0.0] == set()
+    assert len(held[0.1]) == pytest.approx(400, abs=60)  # three standard deviations
+    assert len(held[0.5]) == pytest.approx(2000, abs=95)
+    assert held[0.1] < held[0.5] < held[0.999]
+
+
+def test_what_is_held_out_is_counted_and_in_no_other_number(tokenizer: ChatTokenizer) -> None:
+    rows = [{"conversations": [{"from": "human", "value": f"{n}"}, {"from": "gpt", "value": "ok"}]} for n in range(60)]
+    whole = settle(chunk(rows, tokenizer), {}, drop_duplicates=False)
+    part = settle(chunk(rows * 2, tokenizer, data={"val_fraction": 0.4}), {}, drop_duplicates=True)
+
+    train, held, counts = part
+    assert 10 < counts.held_out == held.num_rows < 40
+    assert counts.kept == train.num_rows == 60 - held.num_rows
+    assert counts.dropped == {"duplicate": 60}
+    assert counts.read == counts.kept + counts.held_out + 60
+    assert counts.tokens == train.column("input_ids").value_lengths().sum().as_py()
+    lines = sorted(train.column("line").to_pylist() + held.column("line").to_pylist())
+    assert lines == whole[0].column("line").to_pylist()
+    assert whole[1].num_rows == 0

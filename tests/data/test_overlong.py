@@ -51,7 +51,7 @@ def chunk(tokenizer: ChatTokenizer, chats: list[list[dict[str, str]]], *, max_le
 
 def build(tokenizer: ChatTokenizer, messages: list[dict[str, str]], *, max_length: int, overlong: str):
     made = chunk(tokenizer, [messages], max_length=max_length, overlong=overlong)
-    batch, counts = settle(made, {}, drop_duplicates=False)
+    batch, _, counts = settle(made, {}, drop_duplicates=False)
     return batch.to_pylist(), counts
 
 
@@ -166,7 +166,7 @@ def test_an_answer_lost_behind_a_question_that_is_too_long_is_counted(tokenizer:
 def test_what_a_duplicate_lost_is_not_counted(tokenizer: ChatTokenizer) -> None:
     huge = [*LONG[:3], {"role": "user", "content": "r " * 100}, *LONG[4:]]
     once, twice = (
-        settle(chunk(tokenizer, [huge] * n, max_length=60, overlong="split"), {}, drop_duplicates=True)[1]
+        settle(chunk(tokenizer, [huge] * n, max_length=60, overlong="split"), {}, drop_duplicates=True)[2]
         for n in (1, 2)
     )
     assert (once.read, twice.read, twice.dropped) == (1, 2, {"duplicate": 1})

@@ -395,3 +395,53 @@ def test_an_absent_chat_file_is_trusted(done: Kitchen) -> None:
     (done.folder / "good.jsonl").unlink()
     assert check(done.config()) == Manifest.read(done.prepared)
     assert "max_length" in out_of_date(done.config("model.max_length=32"))
+
+
+# --- held out
+
+
+def test_a_prompt_of_two_sources_is_held_out_of_both_or_neither(
+    kitchen: Kitchen, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chats(answer: str) -> bytes:
+        prompts = [{"role": "user", "content": f"prompt {n}"} for n in range(40)]
+        return jsonl(*({"messages": [p, {"role": "assistant", "content": answer}]} for p in prompts))
+
+    kitchen.source("good", chats("yes"), condition="GPT4", weight=1.0)
+    kitchen.source("bad", chats("no"), condition="GPT3", weight=0.1)
+    whole = prepare(kitchen.config())
+    assert [p.name for p in kitchen.prepared.iterdir() if p.is_dir()] == ["train"]
+    part = prepare(kitchen.config("data.val_fraction=0.3"))
+    assert part.fingerprint != whole.fingerprint
+
+    lines = {
+        (split, source): [
+            r["line"] for r in datasets.load_from_disk(str(kitchen.prepared / split)) if r["source_id"] == source
+        ]
+        for split in ("train", "val")
+        for source in (0, 1)
+    }
+    assert lines["val", 0] == lines["val", 1]
+    assert 4 < len(lines["val", 0]) < 22
+    assert sorted(lines["train", 0] + lines["val", 0]) == list(range(1, 41))
+    good = part.counts["good"]
+    assert (good["read"], good["kept"], good["held_out"]) == (40, len(lines["train", 0]), len(lines["val", 0]))
+    print_report(kitchen.config("data.val_fraction=0.3"), part)
+    assert "held out" in capsys.readouterr().out
+
+
+def test_a_lost_validation_split_is_noticed(kitchen: Kitchen) -> None:
+    kitchen.source("chats", jsonl(row("a"), row("b")))
+    config = kitchen.config("data.val_fraction=0.3")
+    prepare(config)
+    assert check(config)
+    for file in (kitchen.prepared / "val").iterdir():
+        file.unlink()
+    assert "val: no Arrow files there" in out_of_date(config)
+
+
+@pytest.mark.parametrize("value", ["-0.1", "1", "nan"])
+def test_a_share_to_hold_out_is_below_one(kitchen: Kitchen, value: str) -> None:
+    kitchen.source("chats", jsonl(row("a")))
+    with pytest.raises(ConfigError, match=r"data\.val_fraction"):
+        kitchen.config(f"data.val_fraction={value}")

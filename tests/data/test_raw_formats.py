@@ -117,7 +117,7 @@ def outcome(path: Path, tokenizer: ChatTokenizer, **policies: str) -> tuple[Coun
     data = DataConfig(prepared_dir="p", sources=(source,), **policies)
     records = list(read_records(path))
     chunk = build_items(records, source, data, source_id=0, tokenizer=tokenizer, max_length=1 << 22)
-    return settle(chunk, {}, drop_duplicates=False)[1], [problem.message for problem in chunk.problems]
+    return settle(chunk, {}, drop_duplicates=False)[2], [problem.message for problem in chunk.problems]
 
 
 def test_every_file_of_the_folder_is_in_a_table(shared: Path) -> None:
