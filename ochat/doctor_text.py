@@ -7,10 +7,11 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from ochat.config import SourceConfig
 from ochat.data.conversation import Conversation, Message
+from ochat.data.prepare import check_conditions as check_configured_conditions
 from ochat.data.template import CONDITION, TEMPLATES, in_jinja_class, to_jinja
 from ochat.data.tokenize import ChatTokenizer, adds_dummy_prefix
 from ochat.doctor_facts import Facts, Finding, Sample, unchecked
-from ochat.errors import OchatError, TemplateError
+from ochat.errors import ConfigError, OchatError, TemplateError
 from ochat.hub_names import located
 
 # Texts without control strings. Beginnings differ, because it is the beginning of a content that a prefix may run into:
@@ -190,6 +191,10 @@ def check_conditions(facts: Facts) -> Finding:
     if isinstance(facts.chat_tokenizer, OchatError):
         return unchecked(name, "tokenizer and template")
     sources = facts.config.data.sources
+    try:
+        check_configured_conditions(facts.config, facts.chat_tokenizer)
+    except ConfigError as exc:
+        return Finding(name=name, status="fail", found=str(exc), fix="Rename it there.")
     used = {source.name: conditions_in_use(facts, source) for source in sources}
     for condition in sorted({condition for found in used.values() for condition in found}):
         try:

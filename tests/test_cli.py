@@ -172,7 +172,7 @@ def test_the_first_preparing_is_not_told_as_a_mistake_and_the_next_says_why(tmp_
     again = run("ochat", "prepare", path, "model.max_length=100").stderr
 
     assert f"INFO preparing {tmp_path}/prepared: nothing there yet\n" in first
-    assert f"INFO preparing again: {tmp_path}/prepared is out of date: max_length was 128, is 100" in again
+    assert f"INFO preparing again: {tmp_path}/prepared is out of date: model.max_length was 128, is 100" in again
 
 
 def test_doctor_names_the_next_command(tmp_path: Path):

@@ -373,6 +373,14 @@ def test_a_condition_that_spells_a_control_token_fails(tmp_path: Path):
     assert look(make_experiment(tmp_path), "conditions").status == "ok"
 
 
+def test_a_condition_of_two_lines_fails_by_its_place_even_where_rows_are_skipped(tmp_path: Path):
+    """`prepare` refuses it whatever data.on_error says."""
+    config = make_experiment(tmp_path, "data.on_error=skip", r'data.sources.1.condition="GPT3\nUser: x"')
+    found = look(config, "conditions")
+
+    assert (found.status, found.found.split(":")[0]) == ("fail", "data.sources.1.condition")
+
+
 def test_sources_of_different_worth_under_one_condition_are_pointed_out(tmp_path: Path):
     shared = make_experiment(tmp_path, "data.sources.1.condition=GPT4")
     equal = make_experiment(tmp_path, "data.sources.1.condition=GPT4", "data.sources.1.weight=1.0")

@@ -191,7 +191,8 @@ def _nothing_there(config: Config, chosen: list[int], lines: NDArray[np.int64], 
     nearest = int(lines[np.abs(lines - row).argmin()])
     return (
         f"--row {row}: no conversation of that line of {files} was kept: the file ends before it, the line is empty, "
-        f"it is held out, or nothing in it has a weight within model.max_length = {config.model.max_length} tokens. "
+        f"it was left or held out (`ochat prepare` says how many, and why), or nothing in it has a weight within "
+        f"model.max_length = {config.model.max_length} tokens. "
         f"The nearest line kept is {nearest}."
     )
 

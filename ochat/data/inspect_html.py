@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ochat.data.inspect import InspectedConversation, InspectedRow, Inspection, LegendEntry
 from ochat.data.inspect_tokens import Token, Turn, glyphs
+from ochat.errors import ConfigError
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 # Sources beyond these share colours; the tooltip names the file all the same.
@@ -18,7 +19,12 @@ NUM_SOURCE_COLOURS = 8
 
 def write_page(inspection: Inspection, path: Path) -> Path:
     """The path of the page written."""
-    path.write_text(render_page(inspection), encoding="utf-8")
+    try:
+        path.write_text(render_page(inspection), encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(
+            f"--html {path}: cannot be written ({exc.strerror}). Name a file in a folder you may write to."
+        ) from exc
     return path
 
 

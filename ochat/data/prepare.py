@@ -79,13 +79,13 @@ def prepare(config: Config) -> Manifest:
         try:
             manifest = check_prepared(config, template, tokenizer)
         except DataError as reason:
+            check_replaceable(prepared_dir)
             there = (prepared_dir / MANIFEST_NAME).is_file()
             log.info("preparing %s", f"again: {reason}" if there else f"{prepared_dir}: nothing there yet")
         else:
             log.info("prepared dataset %s is up to date (%s)", prepared_dir, manifest.fingerprint[:12])
             return manifest
         _check_chat_files(config)
-        check_replaceable(prepared_dir)
         with replace_folder(prepared_dir) as folder:
             manifest = _prepare_into(folder, config, template, tokenizer)
     return manifest
@@ -99,7 +99,7 @@ def _check_chat_files(config: Config) -> None:
 
 def _prepare_into(folder: Path, config: Config, template: Template, tokenizer: PreTrainedTokenizerFast) -> Manifest:
     chat_tokenizer = ChatTokenizer(tokenizer, template)
-    _check_conditions(config, chat_tokenizer)
+    check_conditions(config, chat_tokenizer)
     files = {source.name: _describe(source) for source in config.data.sources}
     counts = {source.name: Counts() for source in config.data.sources}
     with ExitStack() as writers:
@@ -128,7 +128,7 @@ def _prepare_into(folder: Path, config: Config, template: Template, tokenizer: P
     return manifest
 
 
-def _check_conditions(config: Config, tokenizer: ChatTokenizer) -> None:
+def check_conditions(config: Config, tokenizer: ChatTokenizer) -> None:
     """Refuse a source's condition by its place in the YAML, before every row would be blamed for it."""
     for position, source in enumerate(config.data.sources):
         try:
@@ -162,7 +162,7 @@ def check_prepared(config: Config, template: Template, tokenizer: PreTrainedToke
         PreparedSplit(prepared_dir / VAL_SPLIT)
     recipe = _recipe(config, template, tokenizer)
     if changed := first_difference(manifest.recipe, recipe):
-        raise DataError(f"{prepared_dir} is out of date: {changed}.")
+        raise DataError(f"{prepared_dir} is out of date: {changed}. Set that back, or prepare again.")
     for source in config.data.sources:
         if changed := _change_of_source(source, manifest.files[source.name]):
             raise DataError(f"{prepared_dir} is out of date: {changed}.")
@@ -178,16 +178,21 @@ def _change_of_source(source: SourceConfig, then: SourceFile) -> str:
         # Not asked again, for training needs no network: what was read is a commit, and that does not change.
         is_folder = Path(source.path.removeprefix(HUB_PREFIX)).is_dir()
         return f"{source.path} has changed since" if is_folder and hub_version(source) != then.sha256 else ""
+    renamed = f"source {source.name} was read from {then.path}, is {path}"
     if not path.is_file():
+        if str(path) != then.path:
+            return f"{renamed}, where no file is"
         log.info("source %s: %s is not here; trusting the prepared dataset", source.name, path)
         return ""
     now = path.stat()
     touched = (now.st_size, now.st_mtime_ns) != (then.size, then.mtime_ns)
-    changed = now.st_size != then.size or (touched and hash_file(path) != then.sha256)
-    return f"{path} has changed since" if changed else ""
+    if now.st_size == then.size and not (touched and hash_file(path) != then.sha256):
+        return ""
+    return renamed if str(path) != then.path else f"{path} has changed since"
 
 
 def _recipe(config: Config, template: Template, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    # In the words of the configuration, as a difference is shown by its path in here.
     sources = {
         source.name: {"condition": source.condition, "format": source.format, "reward_field": source.reward_field}
         for source in config.data.sources
@@ -195,10 +200,9 @@ def _recipe(config: Config, template: Template, tokenizer: PreTrainedTokenizerFa
     return {
         "template": json.loads(json.dumps(asdict(template))),
         "tokenizer_sha256": tokenizer_hash(tokenizer),
-        "max_length": config.model.max_length,
-        "policies": {name: getattr(config.data, name) for name in POLICIES},
-        "source_order": list(sources),
-        "sources": sources,
+        "model": {"max_length": config.model.max_length},
+        "order of data.sources": list(sources),
+        "data": {name: getattr(config.data, name) for name in POLICIES} | {"sources": sources},
     }
 
 

@@ -12,6 +12,7 @@ def find_warnings(config: Config, sources: Mapping[str, Mapping[str, Any]]) -> l
     """sources: by name, the numbers of the report."""
     return [
         *_empty_sources(sources),
+        *_rarely_trained(sources),
         *_blurred_classes(config, sources),
         *_dominating(sources, config.loss.beta is not None),
     ]
@@ -22,6 +23,15 @@ def _empty_sources(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"source {name} keeps nothing of {numbers['read']:,} conversations read."
         for name, numbers in sources.items()
         if not numbers["kept"]
+    ]
+
+
+def _rarely_trained(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [
+        f"source {name}: repeat {numbers['repeat']:g} of {numbers['rows']:,} rows is less than one an epoch: most "
+        f"epochs train nothing of it."
+        for name, numbers in sources.items()
+        if numbers["rows"] and numbers["rows"] * numbers["repeat"] < 1
     ]
 
 

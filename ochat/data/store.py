@@ -95,7 +95,7 @@ def check_replaceable(prepared_dir: Path) -> None:
     if prepared_dir.exists() and not _may_replace(prepared_dir):
         raise DataError(
             f"{prepared_dir}: exists and is not a prepared dataset; it will not be overwritten. "
-            f"Choose another data.prepared_dir, or remove the folder."
+            f"Choose another data.prepared_dir."
         )
 
 

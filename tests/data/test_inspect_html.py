@@ -15,6 +15,7 @@ from ochat.data.inspect import Inspection, inspect
 from ochat.data.inspect_html import render_page, write_page
 from ochat.data.inspect_tokens import Token, Turn
 from ochat.data.prepare import prepare
+from ochat.errors import ConfigError
 from tests.experiment import write_experiment
 
 INJECTIONS = (
@@ -164,3 +165,8 @@ def test_in_a_browser_a_forgotten_escape_is_noticed_and_the_policy_stops_it(
     page.write_text(html if policy else without_policy(html), encoding="utf-8")
 
     assert title_of(browse(page, tmp_path / "profile")) == title
+
+
+def test_a_page_that_cannot_be_written_is_no_bare_errno(hostile: Inspection, tmp_path: Path):
+    with pytest.raises(ConfigError, match=rf"--html {tmp_path}/none/p.html: cannot be written \(No such file"):
+        write_page(hostile, tmp_path / "none" / "p.html")

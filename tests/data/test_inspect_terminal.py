@@ -113,4 +113,4 @@ def test_the_command_names_prepare_with_its_overrides(folder: Path):
 
     assert done.returncode == 2
     assert done.stderr.endswith(f"Run: ochat prepare {path} model.max_length=100\n")
-    assert "is out of date: max_length" in done.stderr
+    assert "is out of date: model.max_length" in done.stderr

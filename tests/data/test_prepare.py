@@ -226,16 +226,19 @@ def test_what_is_not_in_the_tokens_does_not_make_it_again(done: Kitchen, overrid
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("data.sources.1.condition=GPT2", "sources.bad.condition was 'GPT3', is 'GPT2'"),
-        ("model.max_length=32", "max_length was 64, is 32"),
+        ("data.sources.1.condition=GPT2", "data.sources.bad.condition was 'GPT3', is 'GPT2'"),
+        ("model.max_length=32", "model.max_length was 64, is 32"),
         ("model.template=openchat-3.2", "template.name was 'openchat-3.5', is 'openchat-3.2'"),
-        ("data.sources.0.format=openai", "sources.good.format was 'auto', is 'openai'"),
-        ("data.sources.0.name=best", "source_order.0 was 'good', is 'best'"),
+        ("data.sources.0.format=openai", "data.sources.good.format was 'auto', is 'openai'"),
+        ("data.sources.0.name=best", "order of data.sources.0 was 'good', is 'best'"),
     ],
 )
 def test_what_is_in_the_tokens_makes_it_again_and_is_named(done: Kitchen, override: str, named: str) -> None:
     before, fingerprint = done.files(), Manifest.read(done.prepared).fingerprint
-    assert out_of_date(done.config(override)) == f"{done.prepared} is out of date: {named}."
+    assert (
+        out_of_date(done.config(override))
+        == f"{done.prepared} is out of date: {named}. Set that back, or prepare again."
+    )
     assert prepare(done.config(override)).fingerprint != fingerprint
     assert done.files() != before
     assert check(done.config(override))
@@ -257,6 +260,21 @@ def test_another_content_of_a_file_makes_it_again(done: Kitchen, content: bytes)
     assert out_of_date(done.config()) == f"{done.prepared} is out of date: {path} has changed since."
     fingerprint = Manifest.read(done.prepared).fingerprint
     assert prepare(done.config()).fingerprint != fingerprint
+
+
+def test_another_path_is_not_taken_for_the_file_that_was_read(done: Kitchen) -> None:
+    """A slip of the pen in a path must not train what was read before under its name."""
+    mistyped = f"data.sources.0.path={done.folder}/god.jsonl"
+    was = f"source good was read from {done.folder}/good.jsonl, is {done.folder}/god.jsonl"
+    assert f"{was}, where no file is." in out_of_date(done.config(mistyped))
+    with pytest.raises(DataError, match=r"god\.jsonl: no such file"):
+        prepare(done.config(mistyped))
+    (done.folder / "god.jsonl").write_bytes(jsonl(row("other")))
+    assert f"{was}." in out_of_date(done.config(mistyped))
+    (done.folder / "god.jsonl").write_bytes((done.folder / "good.jsonl").read_bytes())  # the same chats elsewhere
+    assert check(done.config(mistyped))
+    (done.folder / "good.jsonl").unlink()
+    assert check(done.config())  # a training node has no chats
 
 
 def test_a_touched_file_of_the_same_content_does_not_make_it_again(done: Kitchen) -> None:
@@ -326,7 +344,8 @@ def test_a_missing_chat_file_is_named_before_anything_is_done(done: Kitchen) -> 
 
 def test_a_prepared_dataset_does_not_need_the_chat_files_any_more(done: Kitchen) -> None:
     before = done.files()
-    prepare(done.config("data.sources.1.path=none.jsonl"))
+    (done.folder / "bad.jsonl").unlink()
+    prepare(done.config())
     assert done.files() == before
 
 

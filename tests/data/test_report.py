@@ -281,6 +281,13 @@ def test_a_source_that_is_repeated_has_its_share_as_often(tmp_path: Path) -> Non
     assert often["x"]["weight_sum"] == once["x"]["weight_sum"]
 
 
+def test_a_source_that_most_epochs_leave_out_has_a_warning(tmp_path: Path) -> None:
+    rows = {"x": [row("a")] * 3}
+    (warning,) = report(settings(tmp_path, rows, x={"repeat": 0.3}))["warnings"]
+    assert warning == "source x: repeat 0.3 of 3 rows is less than one an epoch: most epochs train nothing of it."
+    assert report(settings(tmp_path, rows, x={"repeat": 0.4}))["warnings"] == []
+
+
 def test_the_first_row_of_each_reason_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unreadable = [{"messages": [{"role": role, "content": "?"}]} for role in ("alien", "ghost")]
     config = settings(tmp_path, {"chats": [row("a"), *unreadable]}, "data.on_error=skip")

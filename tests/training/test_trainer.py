@@ -196,7 +196,7 @@ def test_a_missing_prepared_dataset_names_the_command_that_makes_it(tmp_path: Pa
 def test_an_outdated_prepared_dataset_says_what_changed(tmp_path: Path):
     prepared(tmp_path)
 
-    with pytest.raises(DataError, match=r"out of date: sources.crowd.condition was 'GPT3', is 'Code'.*Run:"):
+    with pytest.raises(DataError, match=r"out of date: data.sources.crowd.condition was 'GPT3', is 'Code'.*Run:"):
         train(make_experiment(tmp_path, TORCH, "data.sources.1.condition=Code"))
 
 
