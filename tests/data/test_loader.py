@@ -9,6 +9,7 @@ import torch
 
 from ochat.data.batch import PackedBatch
 from ochat.data.loader import Loader
+from ochat.data.packing import compute_costs, plan
 from ochat.data.prepare import prepare
 from ochat.data.replies import per_message_weights
 from ochat.data.store import PreparedSplit
@@ -75,6 +76,24 @@ def test_a_row_that_the_last_step_lacks_is_padding_that_weighs_nothing(folder):
     assert len({rank.step(0, last).loss_denominator for rank in ranks[::127]}) == 1
 
 
+def test_a_step_says_how_full_it_is_its_empty_rows_included(folder):
+    made = loader(folder)
+    lengths = [
+        sum(int(batch.cu_seqlens[-1]) for batch in step.batches if batch.loss_weights.sum()) for step in epoch(made)
+    ]
+
+    assert [step.num_tokens for step in epoch(made)] == lengths
+    assert [step.fill for step in epoch(made)] == [tokens / 1024 for tokens in lengths]
+    assert lengths[-1] < 0.9 * lengths[0]
+
+
+def test_the_supervised_tokens_of_a_step_are_the_first_epochs_mean(folder):
+    made = loader(folder, "data.sources.0.repeat=2")
+    supervised = [sum(int((batch.labels >= 0).sum()) for batch in step.batches) for step in epoch(made)]
+
+    assert made.supervised_tokens_per_step() == pytest.approx(sum(supervised) / len(supervised))
+
+
 def test_batches_are_pinned_when_asked_and_only_then(folder, monkeypatch):
     pinned = []
     monkeypatch.setattr(PackedBatch, "pinned", lambda batch: pinned.append(batch) or batch)
@@ -130,6 +149,21 @@ def test_message_weighting_counts_each_reply_once(folder):
     totals = weight_by_source(epoch(made))
 
     assert totals == pytest.approx([replies[source_id == 0].sum(), 0.1 * replies[source_id == 1].sum()], rel=1e-5)
+
+
+@pytest.mark.parametrize(("weighting", "units"), [("token", "num_supervised"), ("message", "num_replies")])
+def test_sources_are_mixed_by_what_they_weigh_in_the_loss(folder, weighting, units):
+    split, epoch_plan = (
+        PreparedSplit(folder / "prepared/train"),
+        loader(folder, f"loss.weighting={weighting}").epoch_plan,
+    )
+    arrays = split.lengths, compute_costs(split.lengths), split.column("source_id")
+
+    by_units, by_lines = (
+        plan(*arrays, 256, 4, 0, 1, supervised=split.column(name)).digest() for name in (units, "line")
+    )
+    assert epoch_plan(1).digest == by_units != by_lines
+    assert epoch_plan(0).digest != by_units
 
 
 def test_message_weights_divide_each_reply_by_its_length():
@@ -224,7 +258,8 @@ def test_a_limit_of_steps_counts_those_before_the_position(folder):
     at_five = loader(folder, "training.max_steps=5")
     assert places(at_five) == whole[:5]
 
-    for limit in (1, 4, 5, 6, len(whole)):
+    next_epoch = loader(folder).schedule.epoch_steps[0]
+    for limit in (1, 4, 5, 6, next_epoch, next_epoch + 1, len(whole)):
         made = loader(folder, f"training.max_steps={limit}")
         made.load_state_dict(at_five.state_dict())
         assert places(made) == whole[5:limit]
