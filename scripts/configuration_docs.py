@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
 An experiment is one YAML file. To begin, copy the one of `configs/` that is nearest. Any value can be changed on the
-command line of any command, `key.path=value`: `training.num_epochs=3`, `data.sources.1.weight=0.2`. `ochat config CONFIG`
+command line of any command, as `key.path=value`: `training.num_epochs=3`, `data.sources.1.weight=0.2`. `ochat config`
 prints everything with the defaults filled in. A key that does not exist is an error that names the nearest one.
 
 Written by `python -m scripts.configuration_docs`.

@@ -116,13 +116,25 @@ class Loader:
         return {"epoch": self._epoch, "step": self._step, "plan": self.epoch_plan(self._epoch).digest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position; CheckpointError if that epoch is packed otherwise now."""
-        if state["plan"] != self.epoch_plan(state["epoch"]).digest:
+        """Go to a saved position; CheckpointError if there is none in it, or that epoch is packed otherwise now."""
+        epoch, step = state.get("epoch"), state.get("step")
+        if not (type(epoch) is type(step) is int and epoch >= 0 <= step and "plan" in state):
             raise CheckpointError(
-                f"epoch {state['epoch']} is packed otherwise than when the checkpoint was saved: by other data, "
+                f"the position in the data is damaged ({dict(state)}): it should have an epoch and a step, "
+                f"from 0, and a plan. Remove this checkpoint to continue from the one before."
+            )
+        made = self.epoch_plan(epoch)
+        if state["plan"] != made.digest:
+            raise CheckpointError(
+                f"epoch {epoch} is packed otherwise than when the checkpoint was saved: by other data, "
                 f"another seed or batch, or another version of ochat. Go back to those, or start another run.name."
             )
-        self._epoch, self._step = state["epoch"], state["step"]
+        if step >= made.plan.num_steps:
+            raise CheckpointError(
+                f"the position in the data is damaged: step {step} of epoch {epoch}, which has {made.plan.num_steps}. "
+                f"Remove this checkpoint to continue from the one before."
+            )
+        self._epoch, self._step = epoch, step
 
     def step(self, epoch: int, index: int) -> TrainStep:
         """Any step, whatever the position."""
@@ -132,14 +144,14 @@ class Loader:
         if self._config.loss.normalization == "epoch":
             denominator = made.weight_sum * plan.rows_per_step / plan.num_rows
         else:
-            # A step may hold nothing but a source of weight 0; then the sum above the line is 0 too.
-            denominator = float(self._weight_sums[items].sum()) or 1.0
+            denominator = float(self._weight_sums[items].sum())
         num_tokens = int(self._split.lengths[items].sum())
         return TrainStep(
             index=index,
             epoch=epoch,
             batches=tuple(self.batch(row) for row in rows[self._my_rows]),
-            loss_denominator=denominator,
+            # A step or an epoch may hold nothing but a source of weight 0; then the sum above the line is 0 too.
+            loss_denominator=denominator or 1.0,
             num_tokens=num_tokens,
             fill=num_tokens / (plan.rows_per_step * plan.row_tokens),
         )

@@ -30,6 +30,7 @@ SORT_BINS = 1024
 STEER = 1.2  # by which the room for gaps changes from group to group
 MEMORY = 0.8  # of the last group's bias in this one's
 COST_UNIT = 16  # costs are counted in 1/16 tokens: whole numbers are the same everywhere, and quick to compare
+MOST_EXTRA = 2**31 - 1  # that an item's cost may count
 ROW_BITS = 20  # of a heap's entry; the rest is its key
 
 
@@ -107,7 +108,7 @@ def pack(
     return packed, row_ends[:num_rows].copy()
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)  # the loader plans the next epoch beside the training
 def _fill_stream(
     stream: Stream, order: Any, length: Any, cost: Any, source: Any, supervised: Any, num_sources: int, scratch: Any
 ) -> None:
@@ -116,7 +117,7 @@ def _fill_stream(
         cheapest = min(cheapest, cost[item] / length[item])
     # Two numbers in one: fetching them in the stream's order, from all over memory, is what takes the time.
     for item in range(N):
-        extra = np.int64(COST_UNIT * (cost[item] - cheapest * length[item]))
+        extra = np.int64(min(COST_UNIT * (cost[item] - cheapest * length[item]), MOST_EXTRA))
         scratch[item] = extra << 32 | np.int64(length[item])
     for i in range(N - 1, -1, -1):
         both = scratch[order[i]]
@@ -129,7 +130,7 @@ def _fill_stream(
         stream.first[shelf] = i
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _pack(stream: Stream, rows: Rows, share: Any, order: Any, limits: Any, packed: Any, row_ends: Any) -> int:
     """Fill `packed` and `row_ends`; returns the number of rows."""
     row_tokens, rows_per_step, shortest, longest, left, seed = limits
@@ -150,10 +151,8 @@ def _pack(stream: Stream, rows: Rows, share: Any, order: Any, limits: Any, packe
         _close_gaps(stream, rows, m, core, share, gaps)
         row_order = np.arange(m)
         _shuffle(row_order, state)
-        if len(share) > 1 and m > rows_per_step and num_rows % rows_per_step == 0:
-            row_order = _even_steps(rows, row_order, rows_per_step)
-            for start in range(0, m, rows_per_step):
-                _shuffle(row_order[start : start + rows_per_step], state)
+        if len(share) > 1 and m > rows_per_step > 1 and num_rows % rows_per_step == 0:
+            row_order = _even_steps(rows, row_order, rows_per_step, state)
         group_start, early = num_packed, 0.0
         for row in row_order:
             item = rows.last[row]
@@ -360,8 +359,10 @@ def _shuffle(values: Any, state: Any) -> None:
 
 
 @njit(cache=True)
-def _even_steps(rows: Rows, order: Any, rows_per_step: int) -> NDArray[np.int64]:
-    """Deal the rows to steps: the oddest mixes first, each to the step whose mix it mends most."""
+def _even_steps(rows: Rows, order: Any, rows_per_step: int, state: Any) -> NDArray[np.int64]:
+    """Deal the rows to steps: the oddest mixes first, each to the step whose mix it mends most. Which step gets the
+    oddest, and where a row is in its step, is chance.
+    """
     m, S = len(order), rows.mix.shape[1]
     mean = np.zeros(S)
     for row in order:
@@ -374,10 +375,11 @@ def _even_steps(rows: Rows, order: Any, rows_per_step: int) -> NDArray[np.int64]
                 oddness[k] += odd[k, s] ** 2
     num_steps = -(-m // rows_per_step)
     of_step, filled = np.zeros((num_steps, S)), np.zeros(num_steps, np.int64)
-    dealt = np.empty(m, np.int64)
+    dealt, steps = np.empty(m, np.int64), np.arange(num_steps)
+    _shuffle(steps, state)
     for k in np.argsort(-oddness):
-        best, least = -1, np.inf
-        for step in range(num_steps):
+        best, least = steps[0], np.inf
+        for step in steps:
             if filled[step] < min(rows_per_step, m - step * rows_per_step):
                 worse = (of_step[step] * odd[k]).sum()
                 if worse < least:
@@ -385,4 +387,6 @@ def _even_steps(rows: Rows, order: Any, rows_per_step: int) -> NDArray[np.int64]
         dealt[best * rows_per_step + filled[best]] = order[k]
         filled[best] += 1
         of_step[best] += odd[k]
+    for start in range(0, m, rows_per_step):
+        _shuffle(dealt[start : start + rows_per_step], state)
     return dealt

@@ -89,7 +89,7 @@ def plan(
     """Pack every item of an epoch, each exactly once, none cut.
 
     lengths     tokens of each item [N]
-    costs       compute of each item [N], in any unit: see `compute_costs`; evened out over the rows of a step
+    costs       compute of each item [N], in tokens: see `compute_costs`; evened out over the rows of a step
     source_ids  of each item [N], from 0
     row_tokens  capacity of a row
     supervised  tokens of each item [N] by which sources are mixed alike in every step; None: all of its tokens
@@ -99,7 +99,10 @@ def plan(
     """
     sizes, sources = np.asarray(lengths), np.asarray(source_ids)
     if len(sizes) == 0:
-        raise DataError("nothing to train on: no items in this epoch. See the counts of `ochat prepare`.")
+        raise DataError(
+            f"nothing to train on: epoch {epoch} has no items. "
+            f"See the counts of `ochat prepare`; if it kept some, raise data.sources.*.repeat."
+        )
     if sizes.max() > row_tokens or sizes.min() < 1:
         item = int(sizes.argmax()) if sizes.max() > row_tokens else int(sizes.argmin())
         raise DataError(

@@ -49,6 +49,13 @@ def test_another_seed_takes_another_part():
     assert set(items([0.5, 1, 1], 0, seed=1)) == set(items([0.5, 1, 1], 0, seed=1))
 
 
+def test_sources_of_one_size_do_not_take_the_same_part():
+    """Files that are parallel line by line would always meet."""
+    half = items([0.5, 0.5], 0, sources=np.repeat([0, 1], 20))
+
+    assert {item % 20 for item in half[half < 20]} != {item % 20 for item in half[half >= 20]}
+
+
 def test_a_source_without_items_repeats_nothing():
     assert items([1, 2], epoch=0, sources=np.zeros(3, np.int32)).tolist() in [[a, b, c] for a in range(3)
         for b in range(3) for c in range(3) if len({a, b, c}) == 3]  # fmt: skip

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from ochat.data.batch import PackedBatch
 from ochat.data.loader import Loader
+from ochat.data.packing import compute_costs, plan
 from ochat.data.prepare import prepare
 from ochat.data.replies import per_message_weights
 from ochat.data.store import PreparedSplit
@@ -57,6 +59,52 @@ def test_every_rank_has_as_many_micro_batches_also_in_the_last_step(folder):
     assert len({len(steps) for steps in ranks}) == 1
 
 
+def test_a_row_that_the_last_step_lacks_is_padding_that_weighs_nothing(folder):
+    """Every rank runs forward and backward; the shares beyond the epoch's rows add nothing."""
+    lone = loader(folder, "batch.global_batch_tokens=32768")
+    num_rows, last = lone.epoch_plan(0).plan.num_rows, lone.epoch_plan(0).plan.num_steps - 1
+    ranks = [loader(folder, "batch.global_batch_tokens=32768", rank=r, world_size=128) for r in range(128)]
+    shares = [rank.step(0, last).batches for rank in ranks]
+
+    assert 0 < num_rows < 128
+    assert {len(share) for share in shares} == {1}
+    for (batch,) in shares[num_rows:]:
+        assert batch.loss_weights.tolist() == [0.0] * len(batch.input_ids)
+        assert batch.labels.tolist() == [-100] * len(batch.input_ids)
+        assert len(batch.input_ids) == batch.cu_seqlens[-1] == batch.max_seqlen > 0
+    assert all(batch.loss_weights.sum() > 0 for (batch,) in shares[:num_rows])
+    assert len({rank.step(0, last).loss_denominator for rank in ranks[::127]}) == 1
+
+
+def test_a_step_says_how_full_it_is_its_empty_rows_included(folder):
+    made = loader(folder)
+    lengths = [
+        sum(int(batch.cu_seqlens[-1]) for batch in step.batches if batch.loss_weights.sum()) for step in epoch(made)
+    ]
+
+    assert [step.num_tokens for step in epoch(made)] == lengths
+    assert [step.fill for step in epoch(made)] == [tokens / 1024 for tokens in lengths]
+    assert lengths[-1] < 0.9 * lengths[0]
+
+
+def test_the_supervised_tokens_of_a_step_are_the_first_epochs_mean(folder):
+    made = loader(folder, "data.sources.0.repeat=2")
+    supervised = [sum(int((batch.labels >= 0).sum()) for batch in step.batches) for step in epoch(made)]
+
+    assert made.supervised_tokens_per_step() == pytest.approx(sum(supervised) / len(supervised))
+
+
+def test_batches_are_pinned_when_asked_and_only_then(folder, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(PackedBatch, "pinned", lambda batch: pinned.append(batch) or batch)
+    split = PreparedSplit(folder / "prepared/train")
+
+    Loader(make_experiment(folder), split).step(0, 0)
+    assert pinned == []
+    batches = Loader(make_experiment(folder), split, pin_memory=True).step(0, 0).batches
+    assert [id(batch) for batch in batches] == [id(batch) for batch in pinned]
+
+
 def test_the_source_weight_multiplies_its_tokens_and_no_others(folder):
     low = weight_by_source(epoch(loader(folder)))
     high = weight_by_source(epoch(loader(folder, "data.sources.1.weight=0.2")))
@@ -65,11 +113,14 @@ def test_the_source_weight_multiplies_its_tokens_and_no_others(folder):
     assert high[0] == low[0]
 
 
-def test_epoch_denominators_add_up_to_the_epochs_weight(folder):
+@pytest.mark.parametrize("overrides", [(), ("data.sources.0.repeat=2.4", "data.sources.1.repeat=0.3")])
+@pytest.mark.parametrize("index", [0, 1])
+def test_epoch_denominators_add_up_to_the_epochs_weight(folder, overrides, index):
     """A partial last step counts as its fraction: D x (rows / rows per step), summed, is all the weight there is."""
-    steps = list(epoch(loader(folder)))
+    steps = list(epoch(loader(folder, *overrides), index))
     rows = [sum(b.loss_weights.sum() > 0 for b in step.batches) for step in steps]
 
+    assert rows[-1] < 4, "the last step is a partial one"
     assert len({step.loss_denominator for step in steps}) == 1
     total = sum(step.loss_denominator * int(n) / 4 for step, n in zip(steps, rows, strict=True))
     assert total == pytest.approx(weight_by_source(steps).sum(), rel=1e-6)
@@ -80,6 +131,16 @@ def test_step_denominators_are_each_steps_own_weight(folder):
         assert step.loss_denominator == pytest.approx(weight_by_source([step]).sum(), rel=1e-6)
 
 
+@pytest.mark.parametrize("normalization", ["epoch", "step"])
+def test_an_epoch_of_nothing_but_weight_0_divides_by_no_zero(folder, normalization):
+    """A tenth of an item a time: most epochs have none of the only source that weighs anything."""
+    overrides = ("data.sources.0.repeat=0.003", "data.sources.1.weight=0", f"loss.normalization={normalization}")
+    steps = epoch(loader(folder, *overrides))
+
+    assert weight_by_source(steps).sum() == 0
+    assert {step.loss_denominator for step in steps} == {1.0}
+
+
 def test_message_weighting_counts_each_reply_once(folder):
     made = loader(folder, "loss.weighting=message")
     replies = made._split.column("num_replies")
@@ -88,6 +149,21 @@ def test_message_weighting_counts_each_reply_once(folder):
     totals = weight_by_source(epoch(made))
 
     assert totals == pytest.approx([replies[source_id == 0].sum(), 0.1 * replies[source_id == 1].sum()], rel=1e-5)
+
+
+@pytest.mark.parametrize(("weighting", "units"), [("token", "num_supervised"), ("message", "num_replies")])
+def test_sources_are_mixed_by_what_they_weigh_in_the_loss(folder, weighting, units):
+    split, epoch_plan = (
+        PreparedSplit(folder / "prepared/train"),
+        loader(folder, f"loss.weighting={weighting}").epoch_plan,
+    )
+    arrays = split.lengths, compute_costs(split.lengths), split.column("source_id")
+
+    by_units, by_lines = (
+        plan(*arrays, 256, 4, 0, 1, supervised=split.column(name)).digest() for name in (units, "line")
+    )
+    assert epoch_plan(1).digest == by_units != by_lines
+    assert epoch_plan(0).digest != by_units
 
 
 def test_message_weights_divide_each_reply_by_its_length():
@@ -138,6 +214,55 @@ def test_a_position_in_another_plan_is_refused(folder):
 
     with pytest.raises(CheckpointError, match=r"epoch 0 is packed otherwise .* another seed"):
         loader(folder, "run.seed=1").load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"epoch": None}, {"step": None}, {"plan": None}, {"epoch": -1}, {"step": -1}, {"step": 1.0}, {"epoch": "0"}],
+)
+def test_a_damaged_position_is_refused(folder, broken):
+    """None: the key is missing."""
+    state = {key: value for key, value in (loader(folder).state_dict() | broken).items() if value is not None}
+
+    with pytest.raises(CheckpointError, match=r"damaged .*Remove this checkpoint"):
+        loader(folder).load_state_dict(state)
+
+
+def test_a_position_behind_its_epoch_is_refused(folder):
+    made = loader(folder)
+    num_steps = made.schedule.epoch_steps[0]
+    made.load_state_dict(made.state_dict() | {"step": num_steps - 1})
+
+    with pytest.raises(CheckpointError, match=rf"step {num_steps} of epoch 0, which has {num_steps}"):
+        made.load_state_dict(made.state_dict() | {"step": num_steps})
+
+
+def places(steps):
+    return [(step.epoch, step.index) for step in steps]
+
+
+def test_a_finished_run_goes_on_where_it_ended_with_more_epochs(folder):
+    done, longer = loader(folder, "training.num_epochs=1"), loader(folder, "training.num_epochs=2")
+    list(done)
+    again = loader(folder, "training.num_epochs=1")
+    for made in (again, longer):
+        made.load_state_dict(done.state_dict())
+
+    assert list(again) == []
+    assert places(longer) == [(1, index) for index in range(longer.schedule.epoch_steps[1])]
+
+
+def test_a_limit_of_steps_counts_those_before_the_position(folder):
+    """Lowered within the epoch or to one before it, and raised again in the midst of an epoch."""
+    whole = places(loader(folder))
+    at_five = loader(folder, "training.max_steps=5")
+    assert places(at_five) == whole[:5]
+
+    next_epoch = loader(folder).schedule.epoch_steps[0]
+    for limit in (1, 4, 5, 6, next_epoch, next_epoch + 1, len(whole)):
+        made = loader(folder, f"training.max_steps={limit}")
+        made.load_state_dict(at_five.state_dict())
+        assert places(made) == whole[5:limit]
 
 
 def test_the_run_has_the_steps_it_said(folder):

@@ -1,6 +1,10 @@
 """Every item once an epoch, none cut, no row over its capacity; full rows, and nobody favoured."""
 
 import json
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ochat.data.packer import pack
 from ochat.data.packing import compute_costs, plan
 from ochat.errors import DataError
+from tests.conftest import ROOT
 
 
 def chats(num, *, longest=8192, mean_log=6.1, spread=1.0, seed=0):
@@ -38,22 +44,63 @@ small = {
 }
 
 
+def check_whole(made, lengths):
+    """Each item once, no row over its capacity, and only the last step has empty rows."""
+    items, ends = made.rows.items, made.rows.ends
+    tokens = np.concatenate([[0], np.cumsum(np.asarray(lengths)[items], dtype=np.int64)])
+    starts = np.concatenate([[0], ends[:-1]])
+
+    assert sorted(items.tolist()) == list(range(len(lengths)))
+    assert (tokens[ends] - tokens[starts]).max() <= made.row_tokens
+    assert (ends > starts).tolist() == [True] * made.num_rows + [False] * (len(ends) - made.num_rows)
+    assert len(ends) == made.num_steps * made.rows_per_step
+    assert made.num_steps == -(-made.num_rows // made.rows_per_step)
+
+
 @settings(max_examples=300, deadline=None)
 @given(**small)
 @example(lengths=[50], row_tokens=50, rows_per_step=3, num_sources=1, seed=0)
 @example(lengths=[50] * 40, row_tokens=99, rows_per_step=4, num_sources=2, seed=0)
 @example(lengths=[1] * 300, row_tokens=50, rows_per_step=1, num_sources=1, seed=0)
 def test_every_item_is_in_exactly_one_row_and_no_row_overflows(lengths, row_tokens, rows_per_step, num_sources, seed):
-    sources = np.random.default_rng(seed).integers(num_sources, size=len(lengths))
-    made = make(lengths, row_tokens=row_tokens, rows_per_step=rows_per_step, sources=sources, seed=seed)
-    filled = [row for row in made.rows if len(row)]
+    rng = np.random.default_rng(seed)
+    sources = rng.integers(num_sources, size=len(lengths))
+    supervised = rng.integers(np.asarray(lengths) + 1) * rng.integers(2, size=len(lengths))  # half have none
+    options = {"row_tokens": row_tokens, "rows_per_step": rows_per_step, "sources": sources, "seed": seed}
 
-    assert sorted(np.concatenate(filled).tolist()) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= row_tokens for row in made.rows)
-    assert made.num_rows == len(filled)
-    assert len(made.rows) == made.num_steps * rows_per_step
-    assert all(len(row) for row in made.rows[: made.num_rows]), "only the last step has empty rows"
-    assert made.num_steps == -(-made.num_rows // rows_per_step)
+    check_whole(make(lengths, supervised=supervised, **options), lengths)
+
+
+@pytest.mark.parametrize("rows_per_step", [1, 3, 4096])
+@pytest.mark.parametrize("num_sources", [1, 2, 200])
+@pytest.mark.parametrize("row_tokens", [1, 2, 3, 5000])
+def test_no_shape_is_too_odd_to_end(row_tokens, num_sources, rows_per_step):
+    """The narrowest rows have less room than the gaps of the first group are given."""
+    rng = np.random.default_rng(0)
+    sources = np.where(np.arange(800) == 7, num_sources - 1, rng.integers(max(1, num_sources - 1), size=800))
+    for longest in (row_tokens, max(1, row_tokens // 2)):
+        for lengths in (np.full(800, longest), rng.integers(1, longest + 1, 800)):
+            options = {"row_tokens": row_tokens, "rows_per_step": rows_per_step, "sources": sources}
+            check_whole(make(lengths, **options), lengths)
+
+
+@pytest.mark.parametrize("row_tokens", [1, 4096])
+def test_more_rows_than_a_heap_could_number_are_packed_in_groups(row_tokens):
+    lengths = np.ones((1 << 20) + 10, np.int32)
+    made = make(lengths, row_tokens=row_tokens)
+
+    check_whole(made, lengths)
+    assert made.num_rows == -(-len(lengths) // row_tokens)
+
+
+def test_items_that_teach_nothing_have_a_row_all_the_same():
+    """A source none of whose tokens are supervised has no part of the mix."""
+    lengths, sources = chats(3000), np.arange(3000) % 3
+    for untaught in (sources == 1, np.full(3000, True)):
+        made = make(lengths, row_tokens=8192, sources=sources, supervised=np.where(untaught, 0, lengths))
+
+        check_whole(made, lengths)
+        assert made.fill > 0.99
 
 
 @settings(max_examples=100, deadline=None)
@@ -103,10 +150,12 @@ def displacement(made, lengths):
     return row_of(made, len(lengths)) // made.rows_per_step - before / (made.row_tokens * made.rows_per_step)
 
 
-def test_no_place_in_a_step_predicts_length():
+@pytest.mark.parametrize("num_sources", [1, 3])
+def test_no_place_in_a_step_predicts_length(num_sources):
     """The original gives rank 0 the longest: 17 times the squared length of rank 7."""
     lengths = chats(60_000).astype(np.float64)
-    made = make(lengths.astype(np.int32), row_tokens=8192, rows_per_step=8)
+    sources = np.random.default_rng(1).integers(num_sources, size=60_000)
+    made = make(lengths.astype(np.int32), row_tokens=8192, rows_per_step=8, sources=sources)
     place = row_of(made, len(lengths)) % 8
     full = row_of(made, len(lengths)) < (made.num_steps - 1) * 8
     squares = [(lengths[(place == p) & full] ** 2).sum() for p in range(8)]
@@ -133,17 +182,46 @@ def expert_shares(step, sources, weight):
     return (np.bincount(step, weight * (sources == 0)) / total)[:-1]
 
 
-def test_every_step_holds_nearly_the_same_mix_of_sources():
+@pytest.mark.parametrize(("rows_per_step", "bound"), [(8, 0.4), (64, 0.5)])
+def test_every_step_holds_nearly_the_same_mix_of_sources(rows_per_step, bound):
+    """At 64 rows a group is one step: what closes its gaps evens it out, there is nothing to deal."""
     lengths = chats(30_000)
     rng = np.random.default_rng(0)
     sources = np.repeat([0, 1], [2_600, 27_400])
     supervised = (lengths * rng.uniform(0.4, 0.95, len(lengths))).astype(np.int64) + 1
     weight = np.where(sources == 0, 1.0, 0.1) * supervised
-    mixed = make(lengths, row_tokens=8192, rows_per_step=8, sources=sources, supervised=supervised)
-    plain = make(lengths, row_tokens=8192, rows_per_step=8)
+    mixed = make(lengths, row_tokens=8192, rows_per_step=rows_per_step, sources=sources, supervised=supervised)
+    plain = make(lengths, row_tokens=8192, rows_per_step=rows_per_step)
 
-    spread = expert_shares(row_of(mixed, len(lengths)) // 8, sources, weight).std()
-    assert spread < 0.4 * expert_shares(row_of(plain, len(lengths)) // 8, sources, weight).std()
+    spread = expert_shares(row_of(mixed, len(lengths)) // rows_per_step, sources, weight).std()
+    assert spread < bound * expert_shares(row_of(plain, len(lengths)) // rows_per_step, sources, weight).std()
+
+
+@pytest.mark.parametrize("rows_per_step", [1, 2])
+def test_no_step_predicts_the_mix_of_the_next(rows_per_step):
+    """Dealt to steps oddest first, rows would come in waves: at one row a step 77 %, 59 %, ... 0 % experts."""
+    lengths = chats(40_000)
+    sources = np.repeat([0, 1], [4_000, 36_000])
+    made = make(lengths, row_tokens=8192, rows_per_step=rows_per_step, sources=sources)
+    shares = expert_shares(row_of(made, len(lengths)) // rows_per_step, sources, lengths)
+
+    def foresight(shares):
+        return np.corrcoef(shares[:-1], shares[1:])[0, 1]
+
+    assert abs(foresight(shares)) < 0.15
+    assert foresight(np.sort(shares)) > 0.5
+
+
+def test_a_cost_too_high_to_count_is_the_highest():
+    """More sixteenths of a token than 31 bits hold."""
+    lengths = chats(400, longest=1000)
+
+    def digest(cost):
+        costs = np.where(np.arange(400) == lengths.argmax(), cost, lengths)
+        return plan(lengths, costs, np.zeros(400, np.int32), 2048, 8, 0, 0).digest()
+
+    assert digest(2e8) == digest(1e12) == digest(1e8)
+    assert digest(1e8) != digest(lengths.max())
 
 
 def test_fill_is_the_share_of_slots_that_hold_a_token():
@@ -165,7 +243,7 @@ def test_the_plan_is_the_same_on_every_machine():
     lengths = (np.arange(1, 2001) * 7919) % 900 + 20
     made = make(lengths, row_tokens=4096, rows_per_step=4, seed=1, epoch=2, sources=np.arange(2000) % 3)
 
-    assert made.digest()[:16] == "f6f6775357c8da06"
+    assert made.digest()[:16] == "7da1dca66633787b"
 
 
 def test_the_widest_types_change_nothing():
@@ -220,8 +298,8 @@ def test_an_item_without_tokens_is_refused():
 
 
 def test_no_items_is_an_error_not_an_empty_run():
-    with pytest.raises(DataError, match="nothing to train on"):
-        make([])
+    with pytest.raises(DataError, match=r"nothing to train on: epoch 3 has no items.*raise data.sources.\*.repeat"):
+        make([], epoch=3)
 
 
 def test_rows_are_a_sequence():
@@ -232,3 +310,39 @@ def test_rows_are_a_sequence():
     assert [row.tolist() for row in made.step(1)] == [row.tolist() for row in made.rows[2:4]]
     with pytest.raises(IndexError):
         made.rows[4]
+
+
+def test_other_threads_run_while_an_epoch_is_packed():
+    """The loader plans the next epoch in a thread beside the training."""
+    lengths = chats(1_000_000)
+    sources = np.zeros(len(lengths), np.int32)
+    arrays = (np.random.default_rng(0).permutation(len(lengths)), lengths, compute_costs(lengths), sources, lengths)
+    thread = threading.Thread(target=pack, args=arrays, kwargs={"row_tokens": 8192, "rows_per_step": 8, "seed": 0})
+    pack(*(array[:9] % 9 for array in arrays[:1]), *(array[:9] for array in arrays[1:]),
+         row_tokens=8192, rows_per_step=8, seed=0)  # compiles  # fmt: skip
+    ticks = [time.perf_counter()]
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        ticks.append(time.perf_counter())
+
+    assert np.diff(ticks).max() < 0.5 * (ticks[-1] - ticks[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_sources", [1, 2])
+def test_ten_million_items_are_planned_in_less_than_a_gigabyte(num_sources):
+    """The whole process: libraries, lengths, costs, sources and the plan."""
+    program = (
+        "import resource, numpy as np\n"
+        "from ochat.data.packing import compute_costs, plan\n"
+        "lengths = np.random.default_rng(0).lognormal(6.1, 1.0, 20_000).clip(2, 8192).astype(np.int32)\n"
+        f"lengths, sources = np.tile(lengths, 500), np.arange(10_000_000, dtype=np.int32) % {num_sources}\n"
+        "made = plan(lengths, compute_costs(lengths), sources, 8192, 8, 0, 0)\n"
+        "print(len(made.rows.items), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    num_items, peak_bytes = map(int, done.stdout.split())
+
+    assert num_items == 10_000_000
+    assert 300e6 < peak_bytes < 1e9
