@@ -47,4 +47,6 @@ def interleaved(
     starts = np.flatnonzero(np.diff(ids, prepend=-1))
     before = np.repeat(so_far[starts] - tokens[starts], np.diff(starts, append=len(ids)))
     total = np.repeat(np.add.reduceat(tokens, starts), np.diff(starts, append=len(ids)))
-    return order[np.argsort((so_far - tokens / 2 - before) / total, kind="stable")]
+    # Where in its own stretch an item comes: by chance, or a source of one item would always come half-way.
+    phase = rng.random(int(ids[-1]) + 1)[ids]
+    return order[np.argsort((so_far - tokens * phase - before) / total, kind="stable")]

@@ -100,3 +100,11 @@ def test_within_a_source_the_order_is_uniform():
         places[interleaved(sources, supervised, rng)] += np.arange(20)
 
     assert places / 2000 == pytest.approx(np.full(20, 9.5), abs=0.7)
+
+
+def test_a_source_of_one_item_comes_anywhere():
+    sources, supervised = np.repeat([0, 1], [1, 99]), np.ones(100, np.int64)
+    rng = np.random.default_rng(0)
+    places = [int(np.flatnonzero(interleaved(sources, supervised, rng) == 0)[0]) for _ in range(400)]
+
+    assert np.histogram(places, bins=4, range=(0, 100))[0] == pytest.approx([100] * 4, abs=35)

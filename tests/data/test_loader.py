@@ -24,6 +24,9 @@ def folder(tmp_path_factory):
     return folder
 
 
+EIGHT_ROWS = "batch.global_batch_tokens=2048"  # a step, of which the last one does not have all
+
+
 def loader(folder, *overrides, rank=0, world_size=1):
     config = make_experiment(folder, *overrides)
     return Loader(config, PreparedSplit(folder / "prepared/train"), rank=rank, world_size=world_size)
@@ -52,10 +55,10 @@ def test_ranks_together_see_the_same_rows_in_the_same_steps(folder, world_size):
 
 
 def test_every_rank_has_as_many_micro_batches_also_in_the_last_step(folder):
-    ranks = [list(epoch(loader(folder, rank=r, world_size=4))) for r in range(4)]
+    ranks = [list(epoch(loader(folder, EIGHT_ROWS, rank=r, world_size=4))) for r in range(4)]
 
-    assert loader(folder).epoch_plan(0).plan.num_rows % 4  # the last step is a partial one
-    assert {len(step.batches) for steps in ranks for step in steps} == {1}
+    assert loader(folder, EIGHT_ROWS).epoch_plan(0).plan.num_rows % 8
+    assert {len(step.batches) for steps in ranks for step in steps} == {2}
     assert len({len(steps) for steps in ranks}) == 1
 
 
@@ -77,13 +80,13 @@ def test_a_row_that_the_last_step_lacks_is_padding_that_weighs_nothing(folder):
 
 
 def test_a_step_says_how_full_it_is_its_empty_rows_included(folder):
-    made = loader(folder)
+    made = loader(folder, EIGHT_ROWS)
     lengths = [
         sum(int(batch.cu_seqlens[-1]) for batch in step.batches if batch.loss_weights.sum()) for step in epoch(made)
     ]
 
     assert [step.num_tokens for step in epoch(made)] == lengths
-    assert [step.fill for step in epoch(made)] == [tokens / 1024 for tokens in lengths]
+    assert [step.fill for step in epoch(made)] == [tokens / 2048 for tokens in lengths]
     assert lengths[-1] < 0.9 * lengths[0]
 
 
@@ -117,12 +120,12 @@ def test_the_source_weight_multiplies_its_tokens_and_no_others(folder):
 @pytest.mark.parametrize("index", [0, 1])
 def test_epoch_denominators_add_up_to_the_epochs_weight(folder, overrides, index):
     """A partial last step counts as its fraction: D x (rows / rows per step), summed, is all the weight there is."""
-    steps = list(epoch(loader(folder, *overrides), index))
+    steps = list(epoch(loader(folder, EIGHT_ROWS, *overrides), index))
     rows = [sum(b.loss_weights.sum() > 0 for b in step.batches) for step in steps]
 
-    assert rows[-1] < 4, "the last step is a partial one"
+    assert rows[-1] < 8, "the last step is a partial one"
     assert len({step.loss_denominator for step in steps}) == 1
-    total = sum(step.loss_denominator * int(n) / 4 for step, n in zip(steps, rows, strict=True))
+    total = sum(step.loss_denominator * int(n) / 8 for step, n in zip(steps, rows, strict=True))
     assert total == pytest.approx(weight_by_source(steps).sum(), rel=1e-6)
 
 

@@ -243,7 +243,7 @@ def test_the_plan_is_the_same_on_every_machine():
     lengths = (np.arange(1, 2001) * 7919) % 900 + 20
     made = make(lengths, row_tokens=4096, rows_per_step=4, seed=1, epoch=2, sources=np.arange(2000) % 3)
 
-    assert made.digest()[:16] == "7da1dca66633787b"
+    assert made.digest()[:16] == "3e8db8354bc8f5de"
 
 
 def test_the_widest_types_change_nothing():
