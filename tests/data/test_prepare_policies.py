@@ -178,7 +178,7 @@ def test_a_policy_that_changes_makes_the_dataset_again(tmp_path: Path, override:
     name, _, value = override.partition("=")
     template = get_template("openchat-3.5")
     changed = config(tmp_path, f"data.{override}", chats=chats)
-    with pytest.raises(DataError, match=rf"is out of date: policies\.{name} was '\w+', is '{value}'"):
+    with pytest.raises(DataError, match=rf"is out of date: data\.{name} was '\w+', is '{value}'"):
         check_prepared(changed, template, load_tokenizer(str(FIXTURE), template))
     assert prepare(changed).fingerprint != before.fingerprint
 
